@@ -1,0 +1,169 @@
+"""Optimal transport between small discrete sets, many problems at a time.
+
+Notation: C cost, a row and b column marginals, K = exp(-C / epsilon) the kernel, u and v the scalings, so that the
+plan is T = diag(u) K diag(v). A round is u = a / (K v), then v = b / (K' u).
+
+Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013; Peyré and Cuturi, "Computational Optimal Transport", 2019, ch. 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import ot
+import torch
+from torch import Tensor
+
+# Kernel entries stay above exp(-SAFE), so that products of three of them and of their inverses are ordinary numbers.
+SAFE = {torch.float32: 40.0, torch.float64: 300.0}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-9}
+NOTHING = -1e30  # the logarithm of no mass: finite, so that gradients stay finite
+
+
+def sinkhorn(
+    cost: Tensor,
+    row: Tensor,
+    column: Tensor,
+    epsilon: float,
+    max_iter: int = 1000,
+    tolerance: float | None = None,
+    span: float | None = None,
+) -> tuple[Tensor, int]:
+    """Entropic optimal transport plans of a batch of problems: argmin_T <T, C> + epsilon sum T (log T - 1).
+
+    Rows and columns of zero mass are padding: they get zeros and change nothing else. A problem whose marginal error
+    has fallen below `tolerance` is frozen, so that its plan does not depend on the problems beside it. Gradients
+    reach cost and marginals through the rounds. On the CPU the loop ends when every problem is done; elsewhere all
+    `max_iter` rounds run and values are not validated, because looking at either would stall the device.
+
+    Args:
+        cost: (..., N, M) float32 or float64, at least 0; entries of padding are ignored but must be finite
+        row: (..., N) marginals, at least 0 with sum 1, broadcast over the batch
+        column: (..., M) the same for columns
+        epsilon: weight of the entropy, in units of cost; infinity gives the product of the marginals
+        max_iter: most rounds
+        tolerance: the L1 distance of a plan's marginals from `row` and `column` at which it is done;
+            None is 1e-6 in float32 and 1e-9 in float64
+        span: a bound on the largest less the smallest cost of a problem, where the caller knows one (cosine
+            distances: 2). The plain kernel is used when span / epsilon <= 40 (float32) or 300 (float64), otherwise
+            the slower log domain. None: measured on the CPU, taken as infinite elsewhere.
+
+    Returns:
+        plan: (..., N, M)
+        iterations: rounds run, the most that any problem of the batch needed
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite or negative, marginals that do not sum to one
+    """
+    _check(cost, row, column, epsilon, max_iter)
+    row, column = row.to(cost), column.to(cost)
+    tolerance = TOLERANCE[cost.dtype] if tolerance is None else tolerance
+    if span is None:
+        span = _span(cost) if cost.device.type == "cpu" else math.inf
+    plain = math.isinf(epsilon) or span / epsilon <= SAFE[cost.dtype]
+    solve = _solve_plain if plain else _solve_log
+    return solve(-cost / epsilon, row, column, max_iter, tolerance)
+
+
+def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Optimal transport plans without entropy: POT's network simplex, one problem after the other on the CPU.
+
+    Args:
+        cost: (..., N, M) at least 0
+        row: (..., N) marginals, at least 0 with sum 1, broadcast over the batch
+        column: (..., M) the same for columns
+
+    Returns:
+        (..., N, M) of cost's dtype and device, without gradients
+
+    Raises:
+        ValueError: as `sinkhorn`
+    """
+    _check(cost, row, column, 1.0, 1)
+    shape = cost.shape
+    problem = cost.detach().double().cpu().flatten(0, -3) if cost.ndim > 2 else cost.detach().double().cpu()[None]
+    rows = row.detach().double().cpu().expand(shape[:-1]).reshape(len(problem), -1)
+    columns = column.detach().double().cpu().expand(*shape[:-2], shape[-1]).reshape(len(problem), -1)
+    plan = [
+        torch.from_numpy(ot.emd((a / a.sum()).numpy(), (b / b.sum()).numpy(), c.numpy()))
+        for c, a, b in zip(problem, rows, columns)
+    ]
+    return torch.stack(plan).reshape(shape).to(cost)
+
+
+def _solve_plain(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
+    """Rounds on the kernel itself, each row scaled so that its largest entry is 1."""
+    kernel = (logit - logit.detach().amax(-1, keepdim=True)).exp()
+    row, column = row[..., None], column[..., None, :]
+    v = column
+    active = None
+    for iteration in range(1, max_iter + 1):
+        u = row / (kernel @ v.mT)  # (..., N, 1)
+        mass = u.mT @ kernel  # (..., 1, M)
+        step = column / mass
+        error = (v * mass - column).detach().abs().sum(-1, keepdim=True)
+        v = step if active is None else torch.where(active, step, v)
+        active = error >= tolerance if active is None else active & (error >= tolerance)
+        if logit.device.type == "cpu" and not active.any():
+            break
+    return u * kernel * v, iteration
+
+
+def _solve_log(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
+    """The same rounds on logarithms."""
+    log_row, log_column = _log(row)[..., None], _log(column)[..., None, :]
+    log_v = log_column
+    active = None
+    for iteration in range(1, max_iter + 1):
+        log_u = log_row - (logit + log_v).logsumexp(-1, keepdim=True)  # (..., N, 1)
+        log_mass = (logit + log_u).logsumexp(-2, keepdim=True)  # (..., 1, M)
+        error = ((log_v + log_mass).exp() - column[..., None, :]).detach().abs().sum(-1, keepdim=True)
+        step = log_column - log_mass
+        log_v = step if active is None else torch.where(active, step, log_v)
+        active = error >= tolerance if active is None else active & (error >= tolerance)
+        if logit.device.type == "cpu" and not active.any():
+            break
+    return (log_u + logit + log_v).exp(), iteration
+
+
+def _span(cost: Tensor) -> float:
+    """The largest less the smallest cost, over the problem where they lie farthest apart."""
+    return float((cost.amax((-2, -1)) - cost.amin((-2, -1))).max()) if cost.numel() else 0.0
+
+
+def _log(mass: Tensor) -> Tensor:
+    """The logarithm of marginals, `NOTHING` where there is no mass."""
+    return torch.where(mass > 0, torch.where(mass > 0, mass, 1).log(), NOTHING)
+
+
+def _check(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> None:
+    """Refuse what no plan exists for; values are looked at on the CPU only."""
+    if cost.dtype not in SAFE:
+        raise ValueError(f"cost is {cost.dtype}: give float32 or float64")
+    if cost.ndim < 2 or 0 in cost.shape[-2:]:
+        raise ValueError(f"cost has shape {tuple(cost.shape)}: give (..., N, M) with N and M at least 1")
+    if not epsilon > 0:
+        raise ValueError(f"epsilon is {epsilon}: give a positive number; `exact` solves the problem without entropy")
+    if max_iter < 1:
+        raise ValueError(f"max_iter is {max_iter}: give at least 1")
+    for name, mass, shape in (("row", row, cost.shape[:-1]), ("column", column, (*cost.shape[:-2], cost.shape[-1]))):
+        try:
+            mass.expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name} has shape {tuple(mass.shape)}, but cost {tuple(cost.shape)} needs {tuple(shape)}"
+            ) from None
+    for name, value, low in (("cost", cost, -1e-5), ("row", row, 0.0), ("column", column, 0.0)):
+        if value.device.type != "cpu" or 0 in value.shape:
+            continue
+        least, most = (float(end) for end in value.detach().aminmax())
+        if not (math.isfinite(least) and math.isfinite(most)):
+            worst = value.detach()[~value.detach().isfinite()][0].item()
+            raise ValueError(f"{name} of shape {tuple(value.shape)} holds {worst}: every value must be finite")
+        if least < low:
+            raise ValueError(f"{name} of shape {tuple(value.shape)} holds {least:g}: no value may be negative")
+        if name != "cost":
+            total = value.detach().sum(-1)
+            worst = total.flatten()[(total - 1).abs().argmax()].item()
+            if abs(worst - 1) > 1e-4:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} sums to {worst:g}: marginals must sum to 1")
