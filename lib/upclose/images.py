@@ -1,0 +1,81 @@
+"""Image files as uint8 tensors, with a defined outcome for every file that a data set may hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read.
+
+    Attributes:
+        path: the file
+        reason: why it cannot be read, without the path, so that it is the same on every machine
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        super().__init__(os.fspath(path), reason)
+        self.path, self.reason = os.fspath(path), reason
+
+    def __str__(self) -> str:
+        return f"cannot read picture {self.path!r}: {self.reason}"
+
+
+def load_image(path: str | os.PathLike) -> Tensor:
+    """Decode an image file as the eye would see it.
+
+    Turned upright by its EXIF orientation; grey, palette and CMYK become RGB; 16-bit grey keeps its high byte; of an
+    animation the first frame counts; alpha is dropped, as CLIP's own preprocessing (`convert("RGB")`) does.
+
+    Args:
+        path: of a file in any format that Pillow reads
+
+    Returns:
+        uint8 (3, H, W)
+
+    Raises:
+        ImageError: the file is missing, empty, cut short, no image, of floating point numbers, or has more than
+            `MAX_PIXELS` pixels (looked up in its header, before anything is decoded)
+        OSError: the disk or the network failed, which says nothing about the picture
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(path, f"{width} x {height} pixels are more than {MAX_PIXELS:,} (decompression bomb?)")
+            return torch.from_numpy(_rgb(ImageOps.exif_transpose(image)).transpose(2, 0, 1).copy())
+    except (ImageError, MemoryError):
+        raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ImageError(path, error.strerror) from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(path, _not_an_image(path)) from None
+    except Image.DecompressionBombError:
+        raise ImageError(path, f"more than {MAX_PIXELS:,} pixels (decompression bomb?)") from None
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ImageError(path, f"damaged, {type(error).__name__}: {error}") from error
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise ValueError("floating point pixels have no defined white: save it as 8-bit")
+    if image.mode.startswith("I"):
+        high = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return np.repeat(high.astype(np.uint8)[..., None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
+
+
+def _not_an_image(path: str | os.PathLike) -> str:
+    with Path(path).open("rb") as file:
+        start = file.read(16)
+    return f"no image format that Pillow knows (begins with {start!r})" if start else "the file is empty (0 bytes)"
