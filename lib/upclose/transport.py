@@ -27,7 +27,7 @@ def sinkhorn(
     epsilon: float,
     max_iter: int = 1000,
     tolerance: float | None = None,
-    span: float | None = None,
+    bound: float | None = None,
 ) -> tuple[Tensor, int]:
     """Entropic optimal transport plans of a batch of problems: argmin_T <T, C> + epsilon sum T (log T - 1).
 
@@ -44,9 +44,9 @@ def sinkhorn(
         max_iter: most rounds
         tolerance: the L1 distance of a plan's marginals from `row` and `column` at which it is done;
             None is 1e-6 in float32 and 1e-9 in float64
-        span: a bound on the largest less the smallest cost of a problem, where the caller knows one (cosine
-            distances: 2). The plain kernel is used when span / epsilon <= 40 (float32) or 300 (float64), otherwise
-            the slower log domain. None: measured on the CPU, taken as infinite elsewhere.
+        bound: the largest cost that can occur, where the caller knows it (cosine distances: 2). The plain kernel is
+            used when bound / epsilon <= 40 (float32) or 300 (float64), otherwise the slower log domain.
+            None: the largest cost on the CPU, infinite elsewhere.
 
     Returns:
         plan: (..., N, M)
@@ -55,12 +55,11 @@ def sinkhorn(
     Raises:
         ValueError: shapes that do not fit, values that are not finite or negative, marginals that do not sum to one
     """
-    _check(cost, row, column, epsilon, max_iter)
+    largest = _check(cost, row, column, epsilon, max_iter)
     row, column = row.to(cost), column.to(cost)
     tolerance = TOLERANCE[cost.dtype] if tolerance is None else tolerance
-    if span is None:
-        span = _span(cost) if cost.device.type == "cpu" else math.inf
-    plain = math.isinf(epsilon) or span / epsilon <= SAFE[cost.dtype]
+    bound = largest if bound is None else min(bound, largest)
+    plain = math.isinf(epsilon) or bound / epsilon <= SAFE[cost.dtype]
     solve = _solve_plain if plain else _solve_log
     return solve(-cost / epsilon, row, column, max_iter, tolerance)
 
@@ -92,8 +91,8 @@ def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
 
 
 def _solve_plain(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
-    """Rounds on the kernel itself, each row scaled so that its largest entry is 1."""
-    kernel = (logit - logit.detach().amax(-1, keepdim=True)).exp()
+    """Rounds on the kernel itself."""
+    kernel = logit.exp()
     row, column = row[..., None], column[..., None, :]
     v = column
     active = None
@@ -126,18 +125,13 @@ def _solve_log(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolera
     return (log_u + logit + log_v).exp(), iteration
 
 
-def _span(cost: Tensor) -> float:
-    """The largest less the smallest cost, over the problem where they lie farthest apart."""
-    return float((cost.amax((-2, -1)) - cost.amin((-2, -1))).max()) if cost.numel() else 0.0
-
-
 def _log(mass: Tensor) -> Tensor:
     """The logarithm of marginals, `NOTHING` where there is no mass."""
     return torch.where(mass > 0, torch.where(mass > 0, mass, 1).log(), NOTHING)
 
 
-def _check(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> None:
-    """Refuse what no plan exists for; values are looked at on the CPU only."""
+def _check(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> float:
+    """Refuse what has no plan; the largest cost. Values are looked at on the CPU only: elsewhere it is infinite."""
     if cost.dtype not in SAFE:
         raise ValueError(f"cost is {cost.dtype}: give float32 or float64")
     if cost.ndim < 2 or 0 in cost.shape[-2:]:
@@ -153,17 +147,22 @@ def _check(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: 
             raise ValueError(
                 f"{name} has shape {tuple(mass.shape)}, but cost {tuple(cost.shape)} needs {tuple(shape)}"
             ) from None
-    for name, value, low in (("cost", cost, -1e-5), ("row", row, 0.0), ("column", column, 0.0)):
-        if value.device.type != "cpu" or 0 in value.shape:
-            continue
-        least, most = (float(end) for end in value.detach().aminmax())
-        if not (math.isfinite(least) and math.isfinite(most)):
-            worst = value.detach()[~value.detach().isfinite()][0].item()
-            raise ValueError(f"{name} of shape {tuple(value.shape)} holds {worst}: every value must be finite")
-        if least < low:
-            raise ValueError(f"{name} of shape {tuple(value.shape)} holds {least:g}: no value may be negative")
-        if name != "cost":
-            total = value.detach().sum(-1)
-            worst = total.flatten()[(total - 1).abs().argmax()].item()
-            if abs(worst - 1) > 1e-4:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} sums to {worst:g}: marginals must sum to 1")
+    if cost.device.type != "cpu":
+        return math.inf
+    for name, mass in (("row", row), ("column", column)):
+        _range(name, mass, least=0.0)
+        total = mass.detach().sum(-1).flatten()
+        worst = total[(total - 1).abs().argmax()].item()
+        if abs(worst - 1) > 1e-4:
+            raise ValueError(f"{name} of shape {tuple(mass.shape)} sums to {worst:g}: marginals must sum to 1")
+    return _range("cost", cost, least=-1e-5)
+
+
+def _range(name: str, value: Tensor, least: float) -> float:
+    """The largest value, once all are known to be finite and not below `least`."""
+    low, high = (end.item() for end in value.detach().aminmax()) if value.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} of shape {tuple(value.shape)} holds {low if math.isfinite(high) else high}: give finite values")
+    if low < least:
+        raise ValueError(f"{name} of shape {tuple(value.shape)} holds {low:g}: no value may be negative")
+    return high

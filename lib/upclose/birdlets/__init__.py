@@ -1,0 +1,38 @@
+"""Birdlets: small painted birds of which everything is known.
+
+`dataset` gives the pictures, `held_out` the species, `descriptors` and `sentences` what is said of them, `Knobs` how
+hard a picture is, and `Birdlets.parts` where each part of a bird is.
+"""
+
+from upclose.birdlets.captions import TEMPLATES, descriptors, part_of, phrases, sentences, vocabulary
+from upclose.birdlets.pictures import DEFAULT, DOMAINS, PARTS, PROTOTYPE, SCENES, Knobs, Picture, draw
+from upclose.birdlets.species import COLOURS, FAMILIES, Species, Traits, held_out
+from upclose.birdlets.world import TRAIN_SIZE, Birdlets, contact_sheet, dataset, training_views, visible
+
+__all__ = [
+    "COLOURS",
+    "DEFAULT",
+    "DOMAINS",
+    "FAMILIES",
+    "PARTS",
+    "PROTOTYPE",
+    "SCENES",
+    "TEMPLATES",
+    "TRAIN_SIZE",
+    "Birdlets",
+    "Knobs",
+    "Picture",
+    "Species",
+    "Traits",
+    "contact_sheet",
+    "dataset",
+    "descriptors",
+    "draw",
+    "held_out",
+    "part_of",
+    "phrases",
+    "sentences",
+    "training_views",
+    "visible",
+    "vocabulary",
+]

@@ -1,0 +1,156 @@
+"""The shapes that flow between the modules: text, views, ladders, crop plans, data sets.
+
+Everything here is a plain container. Embeddings are float32 and have unit norm; B images, N crops an image,
+C classes, L descriptions in all, D embedding dimensions, W the width of the image tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Text(NamedTuple):
+    """The text side of a classification problem.
+
+    Attributes:
+        label: (C, D) unit norm, the embedding of the class prompt, "a photo of a {name}."
+        description: (L, D) unit norm, every class's descriptions, class after class
+        owner: (L,) int64, non-decreasing, the class that each description describes
+    """
+
+    label: Tensor
+    description: Tensor
+    owner: Tensor
+
+    @classmethod
+    def from_lists(cls, label: Tensor, description: Sequence[Tensor], names: Sequence[str] | None = None) -> Text:
+        """Join per-class description embeddings.
+
+        Args:
+            label: (C, D) class prompt embeddings
+            description: C tensors (M_c, D), one a class, M_c >= 1
+            names: C class names, only to make the errors readable
+
+        Raises:
+            ValueError: a class has no description, or the number of classes differs
+        """
+        if len(description) != len(label):
+            raise ValueError(f"{len(label)} class prompts but descriptions for {len(description)} classes")
+        for c, rows in enumerate(description):
+            if len(rows) == 0:
+                name = f"{names[c]!r} (class {c})" if names is not None else f"class {c}"
+                raise ValueError(f"{name} has no description: give it at least one, for example its own prompt")
+        owner = torch.arange(len(label), device=label.device).repeat_interleave(
+            torch.tensor([len(rows) for rows in description], device=label.device)
+        )
+        return cls(label, torch.cat(list(description)), owner)
+
+    @property
+    def counts(self) -> Tensor:
+        """(C,) int64: how many descriptions each class has."""
+        return torch.bincount(self.owner, minlength=len(self.label))
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """The descriptions as a rectangle: (C, M, D) padded with zeros, and (C, M) bool that is True on real ones."""
+        counts = self.counts
+        mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]  # (C, M)
+        rows = self.description.new_zeros(*mask.shape, self.description.shape[-1])
+        rows[mask] = self.description
+        return rows, mask
+
+
+class Views(NamedTuple):
+    """A batch of B images, N crops each.
+
+    Attributes:
+        image: (B, D) unit norm, the whole image (short side resized, centre crop: CLIP's preprocessing)
+        crop: (B, N, D) unit norm
+        box: (B, N, 4) float32, x0, y0, x1, y1 in pixels of the original image
+        image_cls: (B, W) the [CLS] token before projection
+        crop_cls: (B, N, W) the same of every crop
+    """
+
+    image: Tensor
+    crop: Tensor
+    box: Tensor | None = None
+    image_cls: Tensor | None = None
+    crop_cls: Tensor | None = None
+
+    def select(self, index: slice | Tensor) -> Views:
+        """The same views of some of the images."""
+        return Views(*(None if part is None else part[index] for part in self))
+
+
+class Ladder(NamedTuple):
+    """A batch of B images whose N crops were each expanded 0 .. T-1 times.
+
+    Attributes:
+        image: (B, D) unit norm, the whole image
+        crop: (B, T, N, D) unit norm, crop n expanded t times
+        box: (B, T, N, 4) float32, x0, y0, x1, y1 in pixels of the original image
+    """
+
+    image: Tensor
+    crop: Tensor
+    box: Tensor | None = None
+
+    def level(self, step: int) -> Views:
+        """The crops of one expansion step as `Views`."""
+        return Views(self.image, self.crop[:, step], None if self.box is None else self.box[:, step])
+
+
+class Plan(NamedTuple):
+    """Which crops a bank holds.
+
+    Attributes:
+        sampler: "square" (side U(scale) * short side) | "area" (share U(scale) of the area)
+        n: crops an image
+        scale: the range that the sampler draws from
+        seed: of the crop set
+        factor: of one expansion, 1 = none
+        steps: levels of the ladder, 1 = no ladder
+        cls: keep the [CLS] tokens before projection too
+    """
+
+    sampler: str = "square"
+    n: int = 30
+    scale: tuple[float, float] = (0.5, 0.9)
+    seed: int = 0
+    factor: float = 1.0
+    steps: int = 1
+    cls: bool = False
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """What every loader gives.
+
+    Attributes:
+        name, split: of the data set
+        class_names: in the data set's own order
+        fingerprint: a hash of the names, the sizes and the order of the items
+        key: one string an item, stable across machines; crops are drawn from (seed, key)
+        label: (n,) int64
+        domain: (n,) int64 or None
+        domain_names: what the numbers of `domain` mean
+    """
+
+    name: str
+    split: str
+    class_names: list[str]
+    fingerprint: str
+    key: list[str]
+    label: np.ndarray
+    domain: np.ndarray | None
+    domain_names: list[str]
+
+    def __len__(self) -> int: ...  # noqa: D105
+
+    def load(self, i: int) -> Tensor:
+        """Item i as uint8 (3, H, W)."""
+        ...
