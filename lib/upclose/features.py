@@ -149,7 +149,7 @@ class Dataset(Protocol):
     domain: np.ndarray | None
     domain_names: list[str]
 
-    def __len__(self) -> int: ...  # noqa: D105
+    def __len__(self) -> int: ...
 
     def load(self, i: int) -> Tensor:
         """Item i as uint8 (3, H, W)."""

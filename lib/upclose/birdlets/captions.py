@@ -48,6 +48,7 @@ _WORD_PART = {
     "tail": "tail",
     "legs": "legs",
 }
+_MARKS = {"striped": "stripes", "spotted": "spots"}
 _TRAIT_PART = {"beak_shape": "beak"}  # every other small trait is named as its part
 
 
@@ -66,7 +67,7 @@ def phrase(traits: Traits, trait: str) -> str | None:
         case "eye_ring":
             return _a(f"{value} eye ring")
         case "wing":
-            return "plain wings" if value == "plain" else f"wings with {traits.wing_mark} {value.replace('ped', 'pes').replace('ted', 'ts')}"
+            return "plain wings" if value == "plain" else f"wings with {traits.wing_mark} {_MARKS[value]}"
         case "legs":
             return f"{value} legs"
     return _a(f"{value} {trait}")
@@ -156,7 +157,9 @@ def _noun(traits: Traits, shown: set[str], rng: np.random.Generator, full: bool)
     return noun
 
 
-def captions(traits: Traits, shown: set[str], scene: str, domain: str, close: bool, rng: np.random.Generator) -> list[str]:
+def captions(
+    traits: Traits, shown: set[str], scene: str, domain: str, close: bool, rng: np.random.Generator
+) -> list[str]:
     """Two captions of a picture in which the parts `shown` can be seen: one names the bird, one says what it looks like."""
     start = _opening(rng, domain, close)
     plain = domain in ("sketch", "clipart")
@@ -202,4 +205,6 @@ def vocabulary() -> list[str]:
             "wings with stripes spots plain beak tail which has have is and in the a an bird of nothing body type kind this that",
         ]
     )
-    return sorted({word for word in text.lower().replace("{}", " ").replace("-", " ").replace(".", " ").split() if word.isalpha()})
+    return sorted(
+        {word for word in text.lower().replace("{}", " ").replace("-", " ").replace(".", " ").split() if word.isalpha()}
+    )

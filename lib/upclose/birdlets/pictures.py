@@ -39,13 +39,13 @@ class Knobs(NamedTuple):
 
     Attributes:
         size: range of the bird's longer side as a share of the picture's
-        position: 0 puts the bird in the middle, 1 anywhere that it fits
+        position: 0 puts the bird in the middle, 1 anywhere that it fits, off the centre more often than on it
         clutter: neutral objects in the scene
         distractors: look-alikes, things shaped and coloured like a bird's parts that belong to no bird
         pixels: side of the picture
     """
 
-    size: tuple[float, float] = (0.45, 0.75)
+    size: tuple[float, float] = (0.4, 0.7)
     position: float = 1.0
     clutter: int = 5
     distractors: int = 3
@@ -53,7 +53,7 @@ class Knobs(NamedTuple):
 
 
 DEFAULT = Knobs()
-PROTOTYPE = Knobs(size=(0.7, 0.95), clutter=4, distractors=0)
+PROTOTYPE = Knobs(size=(0.7, 0.95), position=0.5, clutter=4, distractors=0)
 
 
 class Picture(NamedTuple):
@@ -133,7 +133,16 @@ def _beak(shape: str, r: float) -> np.ndarray:
     outline = {
         "pointed": [(0, -0.30), (2.1, 0.05), (0, 0.38)],
         "hooked": [(0, -0.62), (0.75, -0.55), (1.25, 0.0), (1.22, 0.85), (0.82, 0.30), (0, 0.55)],
-        "flat": [(0, -0.30), (0.9, -0.22), (1.5, -0.48), (1.85, -0.1), (1.8, 0.42), (1.3, 0.55), (0.8, 0.32), (0, 0.42)],
+        "flat": [
+            (0, -0.30),
+            (0.9, -0.22),
+            (1.5, -0.48),
+            (1.85, -0.1),
+            (1.8, 0.42),
+            (1.3, 0.55),
+            (0.8, 0.32),
+            (0, 0.42),
+        ],
         "curved": [(0, -0.34), (0.8, -0.28), (1.6, 0.25), (2.0, 1.15), (1.45, 0.62), (0.8, 0.18), (0, 0.32)],
     }[shape]
     return np.asarray(outline) * k + [x, 0.05 * r]
@@ -191,11 +200,22 @@ def _anatomy(family: str, beak: str, tail: str, wing: str, raised: bool, swims: 
                 ),
             )
     crown = _turn(
-        np.array([(-0.9, -0.5), (-1.5, -1.55), (-0.55, -1.1), (-0.45, -2.0), (0.0, -1.15), (0.5, -1.85), (0.45, -0.8)]) * r,
+        np.array([(-0.9, -0.5), (-1.5, -1.55), (-0.55, -1.1), (-0.45, -2.0), (0.0, -1.15), (0.5, -1.85), (0.45, -0.8)])
+        * r,
         -8,
     )
     add("crest", head + crown)
-    add("neck", np.stack([root - across * f.width * 0.75, head - across * f.width * 0.5, head + across * f.width * 0.5, root + across * f.width * 0.75]))
+    add(
+        "neck",
+        np.stack(
+            [
+                root - across * f.width * 0.75,
+                head - across * f.width * 0.5,
+                head + across * f.width * 0.5,
+                root + across * f.width * 0.75,
+            ]
+        ),
+    )
     egg = _ellipse(0, 0, f.a, f.b, n=28)
     egg[:, 1] *= 1 + 0.35 * egg[:, 0] / f.a - 0.12  # fuller at the breast
     add("body", _turn(egg, -f.lean))
@@ -206,7 +226,16 @@ def _anatomy(family: str, beak: str, tail: str, wing: str, raised: bool, swims: 
     sag = along * -0.05
     add(
         "collar",
-        np.stack([mid - across * half + along * thick, mid + sag + along * thick, mid + across * half + along * thick, mid + across * half - along * thick, mid + sag - along * thick * 1.3, mid - across * half - along * thick]),
+        np.stack(
+            [
+                mid - across * half + along * thick,
+                mid + sag + along * thick,
+                mid + across * half + along * thick,
+                mid + across * half - along * thick,
+                mid + sag - along * thick * 1.3,
+                mid - across * half - along * thick,
+            ]
+        ),
     )
     add("cap", head + _turn(_ellipse(0, 0, 1.06 * r, 1.06 * r, 180, 360, 12), -14))
     add("beak", head + _beak(beak, r))
@@ -215,11 +244,15 @@ def _anatomy(family: str, beak: str, tail: str, wing: str, raised: bool, swims: 
     add("eye_ring", eye + _ellipse(0, 0, ring, ring, n=16))
     add("eye", eye + _ellipse(0, 0, 0.55 * ring, 0.55 * ring, n=12))
     if raised:
-        plume = _smooth([(0.32, -0.2), (0.18, -2.1), (-0.35, -3.2), (-0.75, -2.6), (-0.62, -1.1), (-0.42, 0.1), (0.0, 0.35)])
+        plume = _smooth(
+            [(0.32, -0.2), (0.18, -2.1), (-0.35, -3.2), (-0.75, -2.6), (-0.62, -1.1), (-0.42, 0.1), (0.0, 0.35)]
+        )
         axis = np.array([(0.02, -0.7), (-0.12, -1.3), (-0.28, -1.9), (-0.40, -2.45), (-0.28, -0.45)])
         size, spin = np.array([f.a, 0.55 * f.b + 0.06]), -0.55 * f.lean
     else:
-        plume = _smooth([(0.52, -0.15), (0.42, 0.42), (0.0, 0.62), (-0.55, 0.40), (-1.12, 0.05), (-0.55, -0.42), (0.1, -0.55)])
+        plume = _smooth(
+            [(0.52, -0.15), (0.42, 0.42), (0.0, 0.62), (-0.55, 0.40), (-1.12, 0.05), (-0.55, -0.42), (0.1, -0.55)]
+        )
         axis = np.array([(0.24, 0.02), (-0.06, 0.08), (-0.36, 0.06), (-0.64, 0.03), (-0.06, -0.26)])
         size, spin = np.array([f.a, 0.92 * f.b]), -f.lean
     place = lambda p: _turn(p * size, spin)  # noqa: E731
@@ -281,13 +314,18 @@ def _background(draw: ImageDraw.ImageDraw, scene: str, side: int, rng: np.random
                 x, w = x * side, side * (0.03 + 0.05 * w)
                 draw.rectangle((x, 0, x + w, horizon + side * 0.12 * g), fill=(70 + int(30 * h), 52, 40))
                 r = side * (0.08 + 0.1 * g)
-                draw.ellipse((x - r, side * 0.2 * h - r, x + r + w, side * 0.2 * h + r), fill=(40, 90 + int(50 * g), 44))
+                draw.ellipse(
+                    (x - r, side * 0.2 * h - r, x + r + w, side * 0.2 * h + r), fill=(40, 90 + int(50 * g), 44)
+                )
         case "mountain" | "lake":
             for x, w, h, g in u[:4]:
                 x, w, h = x * side, side * (0.2 + 0.3 * w), side * (0.15 + 0.3 * h)
                 tone = int(90 + 60 * g)
                 draw.polygon((x - w, horizon, x, horizon - h, x + w, horizon), fill=(tone, tone, tone + 18))
-                draw.polygon((x - w * 0.25, horizon - h * 0.75, x, horizon - h, x + w * 0.25, horizon - h * 0.75), fill=(236, 238, 244))
+                draw.polygon(
+                    (x - w * 0.25, horizon - h * 0.75, x, horizon - h, x + w * 0.25, horizon - h * 0.75),
+                    fill=(236, 238, 244),
+                )
         case "city":
             for x, w, h, g in u:
                 x, w, h = x * side, side * (0.08 + 0.1 * w), side * (0.15 + 0.4 * h)
@@ -299,7 +337,9 @@ def _background(draw: ImageDraw.ImageDraw, scene: str, side: int, rng: np.random
         case "desert":
             for x, w, h, g in u[:3]:
                 x, w = x * side, side * (0.3 + 0.3 * w)
-                draw.ellipse((x - w, horizon - side * 0.1 * h, x + w, horizon + side * 0.3), fill=_jitter(rng, _GROUND[scene], 8))
+                draw.ellipse(
+                    (x - w, horizon - side * 0.1 * h, x + w, horizon + side * 0.3), fill=_jitter(rng, _GROUND[scene], 8)
+                )
             x, h = u[3, 0] * side, side * (0.15 + 0.1 * u[3, 1])
             draw.rectangle((x, horizon - h, x + side * 0.03, horizon + side * 0.1), fill=(70, 120, 70))
         case "snow":
@@ -309,7 +349,11 @@ def _background(draw: ImageDraw.ImageDraw, scene: str, side: int, rng: np.random
         case "meadow":
             for x, y, h, g in u:
                 x, y = x * side, horizon + (side - horizon) * y
-                draw.line((x, y, x + side * 0.03 * (g - 0.5), y - side * (0.05 + 0.08 * h)), fill=(60, 130, 50), width=max(1, side // 100))
+                draw.line(
+                    (x, y, x + side * 0.03 * (g - 0.5), y - side * (0.05 + 0.08 * h)),
+                    fill=(60, 130, 50),
+                    width=max(1, side // 100),
+                )
         case "sea":
             for x, y, w, g in u:
                 x, y = x * side, horizon + (side - horizon) * y
@@ -373,7 +417,8 @@ def _pose(traits: Traits, rng: np.random.Generator, knobs: Knobs, scene: str) ->
     side = knobs.pixels * rng.uniform(*knobs.size)
     points = (points - (low + high) / 2) * (side / (high - low).max())
     room = knobs.pixels - (high - low) * (side / (high - low).max())
-    points += knobs.pixels / 2 + rng.uniform(-0.5, 0.5, 2) * knobs.position * np.maximum(room, 0)
+    offset = 0.5 * np.sin(rng.uniform(-np.pi / 2, np.pi / 2, 2))
+    points += knobs.pixels / 2 + offset * knobs.position * np.maximum(room, 0)
     return _Pose(pieces, np.split(points, lengths))
 
 
@@ -511,7 +556,9 @@ def _sketch(pose: _Pose, colours: dict, side: int, rng: np.random.Generator) -> 
 def _clipart(pose: _Pose, colours: dict, side: int, rng: np.random.Generator) -> np.ndarray:
     page = ((255, 255, 255), (250, 240, 190), (238, 190, 190), (196, 220, 244), (206, 236, 200), (222, 202, 240))
     image = Image.new("RGB", (2 * side, 2 * side), page[int(rng.integers(len(page)))])
-    vivid = {part: tuple(int(min(255, max(0, 128 + 1.5 * (c - 120)))) for c in colour) for part, colour in colours.items()}
+    vivid = {
+        part: tuple(int(min(255, max(0, 128 + 1.5 * (c - 120)))) for c in colour) for part, colour in colours.items()
+    }
     _paint(ImageDraw.Draw(image), pose, vivid, outline=(0, 0, 0), width=max(3, side // 40))
     return np.asarray(image.reduce(2))
 

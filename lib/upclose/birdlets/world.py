@@ -58,7 +58,9 @@ class Birdlets:
         self.domain_names = list(DOMAINS) if domain == "all" else domain.split("+")
         for part in self.domain_names:
             if part not in DOMAINS:
-                raise ValueError(f"birdlets has no domain {part!r}; there are {', '.join(DOMAINS)}, joined by '+', or all")
+                raise ValueError(
+                    f"birdlets has no domain {part!r}; there are {', '.join(DOMAINS)}, joined by '+', or all"
+                )
         if n < 1:
             raise ValueError(f"birdlets needs at least one picture a domain, not n={n}")
         self.split, self.seed, self.knobs = split, seed, knobs
@@ -90,11 +92,23 @@ class Birdlets:
 
     def __reduce__(self):
         classes = len(self.species)
-        return type(self), (self.split, "+".join(self.domain_names), len(self) // len(self.domain_names), self.seed, self.knobs, classes)
+        return type(self), (
+            self.split,
+            "+".join(self.domain_names),
+            len(self) // len(self.domain_names),
+            self.seed,
+            self.knobs,
+            classes,
+        )
 
 
 def dataset(
-    split: str = "test", domain: str = "photo", n: int = 2000, seed: int = 0, knobs: Knobs = DEFAULT, classes: int | None = None
+    split: str = "test",
+    domain: str = "photo",
+    n: int = 2000,
+    seed: int = 0,
+    knobs: Knobs = DEFAULT,
+    classes: int | None = None,
 ) -> Birdlets:
     """The arguments are those of `Birdlets`."""
     return Birdlets(split, domain, n, seed, knobs, classes)
@@ -107,7 +121,9 @@ def _inside(part: tuple[float, ...], box: tuple[float, ...]) -> float:
     return max(width, 0.0) * max(height, 0.0) / max((part[2] - part[0]) * (part[3] - part[1]), 1e-6)
 
 
-def visible(parts: dict[str, tuple[float, ...]], box: tuple[float, ...], share: float = 0.6, least: float = 0.045) -> set[str]:
+def visible(
+    parts: dict[str, tuple[float, ...]], box: tuple[float, ...], share: float = 0.6, least: float = 0.045
+) -> set[str]:
     """The parts of which a view shows enough to speak of them: `share` of their box, and `least` of the view's side."""
     side = box[2] - box[0]
     return {
@@ -155,25 +171,33 @@ def training_views(seed: int, index: int, whole: bool) -> tuple[np.ndarray, list
     rng = seeds.rng(seed, "training", index)
     traits = species.training_traits(rng)
     domain = DOMAINS[int(rng.choice(len(DOMAINS), p=_TRAIN_DOMAINS))]
-    low = rng.uniform(0.35, 0.8)
+    low = rng.uniform(0.3, 0.8)
     knobs = Knobs((low, low + 0.15), rng.uniform(0.3, 1.0), int(rng.integers(9)), int(rng.integers(6)), DEFAULT.pixels)
     picture = pictures.draw(traits, domain, seed, "training", index, knobs=knobs)
     full = (0.0, 0.0, float(knobs.pixels), float(knobs.pixels))
     if whole:
         views = [full, _around(picture.parts, knobs.pixels, rng)]
     else:
-        part = _close_up(picture.parts, knobs.pixels, rng) if rng.random() < 0.7 else _anywhere(knobs.pixels, (0.25, 0.6), rng)
+        part = (
+            _close_up(picture.parts, knobs.pixels, rng)
+            if rng.random() < 0.7
+            else _anywhere(knobs.pixels, (0.25, 0.6), rng)
+        )
         views = [full, _anywhere(knobs.pixels, (0.5, 0.95), rng), part]
     image = Image.fromarray(picture.pixels.transpose(1, 2, 0))
     pixels = [np.asarray(image.resize((TRAIN_SIZE, TRAIN_SIZE), Image.BICUBIC, box=box)) for box in views]
     said = [
-        captions.captions(traits, visible(picture.parts, box), picture.scene, domain, box[2] - box[0] < 0.5 * knobs.pixels, rng)
+        captions.captions(
+            traits, visible(picture.parts, box), picture.scene, domain, box[2] - box[0] < 0.5 * knobs.pixels, rng
+        )
         for box in views
     ]
     return np.stack(pixels).transpose(0, 3, 1, 2), said
 
 
-def contact_sheet(rows: int = 8, columns: int = 9, split: str = "validation", seed: int = 0, knobs: Knobs = DEFAULT) -> Image.Image:
+def contact_sheet(
+    rows: int = 8, columns: int = 9, split: str = "validation", seed: int = 0, knobs: Knobs = DEFAULT
+) -> Image.Image:
     """A page of pictures: half of the rows photos, the others painting, sketch and clipart in turn."""
     strips = []
     for row in range(rows):
