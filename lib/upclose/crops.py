@@ -1,0 +1,467 @@
+"""Crops: boxes first, pixels second.
+
+A box is x0, y0, x1, y1 in pixels of the original picture, x to the right, y down, x1 and y1 outside. Sampled boxes lie
+on whole pixels; expanded ones need not, and `extract` rounds them as PIL's `crop` does, half to even. `plan_boxes`
+rounds already, so that what a bank stores is what was encoded, and boxes that have become equal compare equal.
+
+Legend: H, W height and width of a picture; S side of what the encoder takes; N crops an image; T steps of a ladder;
+B images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upclose import seeds
+from upclose.features import Plan
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+BLOCK_BYTES = 2**30
+ELONGATED = 4
+
+
+def sample_boxes(
+    height: int, width: int, n: int, scale: tuple[float, float] = (0.5, 0.9), seed: int = 0, key: str = ""
+) -> Tensor:
+    """Square boxes of side int(U(scale) * min(height, width)) at a uniform position.
+
+    The boxes depend on (seed, key) and the size of the picture alone; the first k of n are the same for every n.
+
+    Args:
+        height: of the picture, pixels
+        width: of the picture, pixels
+        n: number of boxes
+        scale: (alpha, beta), the share of the short side
+        seed: of the crop set
+        key: of the image
+
+    Returns:
+        (n, 4) float32 on whole pixels
+
+    Raises:
+        ValueError: n < 1, an empty picture, or not 0 < alpha <= beta <= 1
+
+    Source: WCA (arXiv 2406.02915) and LGCA sections 3.1 and 4.1, gamma ~ U(alpha, beta), side gamma * min(H, W).
+    Deviates: the side is at least 1 pixel.
+    """
+    _check_sampling(height, width, n, scale)
+    draw = seeds.rng(seed, "crops", key).random((n, 3))
+    side = np.maximum((_uniform(draw[:, 0], *scale) * min(height, width)).astype(int), 1)
+    return _place(side, side, height, width, draw[:, 1:])
+
+
+def sample_area_boxes(
+    height: int,
+    width: int,
+    n: int,
+    scale: tuple[float, float] = (0.10, 0.75),
+    seed: int = 0,
+    key: str = "",
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Boxes that hold a share U(scale) of the area, at a uniform position.
+
+    Width over height is log-uniform in `ratio`; `extract` resizes the box to a square. `ratio=(1, 1)` gives squares.
+
+    Args:
+        height: of the picture, pixels
+        width: of the picture, pixels
+        n: number of boxes
+        scale: the share of the area
+        seed: of the crop set
+        key: of the image
+        ratio: smallest and largest width over height
+
+    Returns:
+        (n, 4) float32 on whole pixels
+
+    Raises:
+        ValueError: n < 1, an empty picture, not 0 < scale[0] <= scale[1] <= 1, or not 0 < ratio[0] <= ratio[1]
+
+    Source: D&D section 4.1, random crops of 10 to 75 % of the image.
+    Deviates: the paper does not say what the per cent are of, nor the aspect. We take the area and the aspect range
+        of torchvision's RandomResizedCrop. Where a drawn box would not fit, torchvision draws again and at last takes
+        the centre; we draw the aspect only from those that fit (or take the nearest), so that the area is kept.
+    """
+    _check_sampling(height, width, n, scale)
+    if not 0 < ratio[0] <= ratio[1] < math.inf:
+        raise ValueError(f"ratio must be (low, high) with 0 < low <= high, not {tuple(ratio)}")
+    draw = seeds.rng(seed, "crops", key).random((n, 4))
+    area = _uniform(draw[:, 0], *scale) * height * width
+    low, high = (np.log(r).clip(np.log(area / height**2), np.log(width**2 / area)) for r in ratio)
+    aspect = np.exp(_uniform(draw[:, 3], low, high))
+    box_width = np.rint(np.sqrt(area * aspect)).astype(int).clip(1, width)
+    box_height = np.rint(np.sqrt(area / aspect)).astype(int).clip(1, height)
+    return _place(box_width, box_height, height, width, draw[:, 1:3])
+
+
+def expand_boxes(box: Tensor, factor: float, height: int, width: int, boundary: str = "shift") -> Tensor:
+    """Scale boxes about their centres and keep them in the picture.
+
+    Args:
+        box: (..., 4)
+        factor: of both sides, at least 1
+        height: of the picture, pixels
+        width: of the picture, pixels
+        boundary: "shift" moves a box that sticks out back inside, and clamps a side longer than the picture's to it;
+            "clip" cuts off what sticks out
+
+    Returns:
+        (..., 4) float32, not rounded
+
+    Raises:
+        ValueError: no box, factor < 1, an empty picture, an unknown boundary
+
+    Source: LGCA section 4.2, both directions by the margin tau in {1.1, 1.25}.
+    Deviates: the paper calls tau a fixed margin and a scaling factor; we scale. It does not say what happens at the
+        border; "shift" keeps the crop square.
+    """
+    _check_picture(height, width)
+    if box.shape[-1:] != (4,) or box.numel() == 0:
+        raise ValueError(f"box must have the shape (..., 4) with at least one box, not {tuple(box.shape)}")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"factor must be a finite number of at least 1, not {factor}: 1 leaves a box as it is")
+    if boundary not in ("shift", "clip"):
+        raise ValueError(f'boundary must be "shift" or "clip", not {boundary!r}')
+    box = box.float()
+    near, far = zip(*(_expand_side(box[..., i], box[..., i + 2], factor, (width, height)[i], boundary) for i in (0, 1)))
+    return torch.stack([*near, *far], dim=-1)
+
+
+def ladder_boxes(box: Tensor, factor: float, steps: int, height: int, width: int, boundary: str = "shift") -> Tensor:
+    """Crop n expanded t times, t = 0 .. steps - 1.
+
+    Args:
+        box: (N, 4)
+        factor: of one expansion, at least 1
+        steps: levels T, the first of which is `box` itself
+        height: of the picture, pixels
+        width: of the picture, pixels
+        boundary: as in `expand_boxes`
+
+    Returns:
+        (T, N, 4) float32, not rounded: rounding does not accumulate
+
+    Raises:
+        ValueError: steps < 1, or as `expand_boxes`
+
+    Source: LGCA section 4.3; the selection between the steps is `lgca`'s.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}: a ladder of 1 step is the boxes themselves")
+    level = [box.float()]
+    for _ in range(steps - 1):
+        level.append(expand_boxes(level[-1], factor, height, width, boundary))
+    return torch.stack(level)
+
+
+def plan_boxes(plan: Plan, height: int, width: int, key: str) -> Tensor:
+    """The boxes of a plan for one image, on whole pixels: what a bank stores and encodes.
+
+    Args:
+        plan: sampler, n, scale, seed; factor and steps for a ladder
+        height: of the picture, pixels
+        width: of the picture, pixels
+        key: of the image
+
+    Returns:
+        (N, 4) float32, or (T, N, 4) when plan.steps > 1
+
+    Raises:
+        ValueError: an unknown sampler, or as the functions it calls
+    """
+    sampler = {"square": sample_boxes, "area": sample_area_boxes}
+    if plan.sampler not in sampler:
+        raise ValueError(f"plan.sampler must be one of {', '.join(map(repr, sampler))}, not {plan.sampler!r}")
+    box = sampler[plan.sampler](height, width, plan.n, plan.scale, plan.seed, key)
+    ladder = ladder_boxes(box, plan.factor, plan.steps, height, width).round()
+    return ladder if plan.steps > 1 else ladder[0]
+
+
+def extract(
+    image: Tensor | Sequence[Tensor],
+    box: Tensor,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
+    """Cut boxes out of a picture, or out of each of several, and resize them to what an encoder takes.
+
+    Every pixel is within 2/255 of PIL's `image.crop(box).resize((size, size), BICUBIC)`. On the CPU torch's vectorised
+    uint8 kernel does a crop at a time, in float32 and normalised while it is in the cache; on any other device
+    `extract_batched` does all of them at once, and boxes are not read back: they must lie in the picture.
+
+    Args:
+        image: uint8 (3, H, W), or a sequence of B such pictures of any sizes
+        box: (..., 4), or (B, ..., 4) for B pictures; rounded to whole pixels; on the CPU or where the pictures are
+        size: side S of the result
+        dtype: of the result; torch.uint8 gives the resized pixels, not normalised
+        mean: of each channel, of pixels in 0 .. 1
+        std: of each channel
+
+    Returns:
+        (..., 3, S, S), or (B, ..., 3, S, S)
+
+    Raises:
+        ValueError: pictures that are not uint8 (3, H, W), boxes of another shape, empty or (on the CPU) outside the
+            picture, size < 1
+    """
+    images, boxes = ([image], box[None]) if isinstance(image, Tensor) else (image, box)
+    _check_extract(images, boxes, size)
+    if images[0].device.type != "cpu":
+        out = extract_batched(images, boxes, size, dtype, mean, std)
+    else:
+        out = torch.empty(*boxes.shape[:-1], 3, size, size, dtype=dtype)
+        for picture, rows, target in zip(images, boxes, out):
+            _extract_cpu(picture, rows.reshape(-1, 4), size, mean, std, target.view(-1, 3, size, size))
+    return out[0] if isinstance(image, Tensor) else out
+
+
+def extract_batched(
+    images: Sequence[Tensor],
+    box: Tensor,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
+    """`extract` as two batched matrix products with banded weights, rounded and clamped between them as PIL does.
+
+    No loop over crops and no synchronisation; runs on every device. The weights and what stands between the
+    products take at most about `BLOCK_BYTES` at a time (or one crop of each picture, if that is more).
+
+    Args:
+        images: B pictures, uint8 (3, H, W) of any sizes, on one device
+        box: (B, ..., 4) rounded to whole pixels; on the CPU or where the pictures are
+        size: side S of the result
+        dtype: of the result; torch.uint8 gives the resized pixels, not normalised
+        mean: of each channel, of pixels in 0 .. 1
+        std: of each channel
+
+    Returns:
+        (B, ..., 3, S, S) on the pictures' device
+
+    Raises:
+        ValueError: as `extract`, but that boxes are not read
+    """
+    _check_extract(images, box, size)
+    canvas = _canvas(images)
+    height, width = canvas.shape[-2:]
+    rows = box.to(canvas.device, torch.float32, non_blocking=True).reshape(len(box), -1, 4).round()
+    block = max(1, BLOCK_BYTES // (24 * len(images) * size * (height + width + size)))
+    out = [
+        _normalise(
+            _resample(
+                canvas,
+                _weights(part[..., 0], part[..., 2], size, width),
+                _weights(part[..., 1], part[..., 3], size, height),
+            ),
+            dtype,
+            mean,
+            std,
+        )
+        for part in rows.split(block, dim=1)
+    ]
+    return torch.cat(out, dim=1).view(*box.shape[:-1], 3, size, size)
+
+
+def whole(
+    image: Tensor,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
+    """CLIP's preprocessing of a whole picture: the short side resized to `size` (antialiased bicubic), centre crop.
+
+    Every pixel is within 2/255 of open_clip's evaluation transform (torchvision's Resize and CenterCrop on PIL).
+
+    Args:
+        image: uint8 (3, H, W)
+        size: side S of the result
+        dtype: of the result; torch.uint8 gives the resized pixels, not normalised
+        mean: of each channel, of pixels in 0 .. 1
+        std: of each channel
+
+    Returns:
+        (3, S, S) on the picture's device
+
+    Raises:
+        ValueError: the picture is not uint8 (3, H, W), or size < 1
+    """
+    _check_images([image], size)
+    height, width = image.shape[-2:]
+    short, long = sorted((height, width))
+    tall, wide = (size if side == short else size * long // short for side in (height, width))
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    if image.device.type == "cpu" and long <= ELONGATED * short:
+        resized = F.interpolate(_channels_last(image[None]), (tall, wide), mode="bicubic", antialias=True)
+        pixels = resized[..., top : top + size, left : left + size]
+    else:
+        first = torch.zeros(1, 1, device=image.device)
+        pixels = _resample(
+            image[None].float(),
+            _weights(first, first + width, size, width, wide, left),
+            _weights(first, first + height, size, height, tall, top),
+        )[0]
+    return _normalise(pixels, dtype, mean, std)[0]
+
+
+def _uniform(draw: np.ndarray, low, high) -> np.ndarray:
+    return low + draw * (high - low)
+
+
+def _place(box_width: np.ndarray, box_height: np.ndarray, height: int, width: int, draw: np.ndarray) -> Tensor:
+    """Whole-pixel corners for boxes of given sides, every position equally likely; `draw` is (n, 2) in [0, 1)."""
+    x0 = (draw[:, 0] * (width - box_width + 1)).astype(int)
+    y0 = (draw[:, 1] * (height - box_height + 1)).astype(int)
+    return torch.from_numpy(np.stack([x0, y0, x0 + box_width, y0 + box_height], axis=1).astype(np.float32))
+
+
+def _expand_side(near: Tensor, far: Tensor, factor: float, length: int, boundary: str) -> tuple[Tensor, Tensor]:
+    margin = (far - near) * ((factor - 1) / 2)
+    near, far = near - margin, far + margin
+    if boundary == "shift":
+        over = (far - length).clamp(min=0) + near.clamp(max=0)
+        near, far = near - over, far - over
+    return near.clamp(0, length), far.clamp(0, length)
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def _extract_cpu(
+    image: Tensor, box: Tensor, size: int, mean: Sequence[float], std: Sequence[float], out: Tensor
+) -> None:
+    """Fill `out` (N, 3, S, S); a crop stays in the cache from the resize to its last conversion."""
+    height, width = image.shape[-2:]
+    image = _channels_last(image[None])
+    gain, bias = (torch.tensor(values).view(3, 1, 1) for values in _affine(mean, std))
+    scratch = torch.empty(3, size, size)
+    for (x0, y0, x1, y1), target in zip(box.round().long().tolist(), out):
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(
+                f"box {(x0, y0, x1, y1)} is empty or not inside the picture of width {width} and height {height}"
+            )
+        crop = _channels_last(image[..., y0:y1, x0:x1])
+        crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+        if out.dtype == torch.uint8:
+            target.copy_(crop)
+        else:
+            torch.add(scratch.copy_(crop).mul_(gain), bias, out=target)
+
+
+def _affine(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Gain and bias that take a pixel in 0 .. 255 to its normalised value."""
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+def _normalise(pixels: Tensor, dtype: torch.dtype, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(..., 3, S, S) pixels in 0 .. 255 to `dtype`; Python numbers, since a copy to a device would synchronise."""
+    if dtype == torch.uint8:
+        return pixels.to(dtype)
+    return torch.stack(
+        [pixels[..., c, :, :] * gain + bias for c, (gain, bias) in enumerate(zip(*_affine(mean, std)))], -3
+    ).to(dtype)
+
+
+def _canvas(images: Sequence[Tensor]) -> Tensor:
+    """B pictures in the upper left corners of (B, 3, H, W) float32, H and W the largest."""
+    if len(images) == 1:
+        return images[0][None].float()
+    height, width = (max(image.shape[i] for image in images) for i in (1, 2))
+    canvas = torch.zeros(len(images), 3, height, width, device=images[0].device)
+    for image, target in zip(images, canvas):
+        target[:, : image.shape[1], : image.shape[2]].copy_(image)
+    return canvas
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    """The cubic convolution kernel with a = -1/2, as in PIL; 0 from |x| = 2."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _weights(near: Tensor, far: Tensor, size: int, length: int, total: int | None = None, offset: int = 0) -> Tensor:
+    """Banded weights of pixels near .. far - 1 of a line resized to `total` pixels, of which `size` from `offset` on.
+
+    Args:
+        near: (B, N) first pixel of the box
+        far: (B, N) one past its last pixel
+        size: output pixels S
+        length: pixels of the line
+        total: pixels that the whole box is resized to; None is `size`
+        offset: first output pixel
+
+    Returns:
+        (B, N, S, length) float32, rows sum to 1, 0 outside the box
+    """
+    near, far = near[..., None, None], far[..., None, None]
+    scale = (far - near) / (total or size)
+    output = torch.arange(size, device=near.device)[:, None] + (offset + 0.5)
+    pixel = torch.arange(length, device=near.device)
+    weight = _bicubic((pixel + 0.5 - near - output * scale) / scale.clamp(min=1))
+    weight = torch.where((pixel >= near) & (pixel < far), weight, 0.0)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def _resample(image: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """Resize along x, round, clamp, then along y, round, clamp.
+
+    Args:
+        image: (B, 3, H, W) float32, whole numbers
+        across: (B, N, S, W) weights
+        down: (B, N, S, H) weights
+
+    Returns:
+        (B, N, 3, S, S) float32, whole numbers in 0 .. 255
+    """
+    b, _, height, width = image.shape
+    n, size = across.shape[1:3]
+    with torch.autocast(image.device.type, enabled=False):
+        lines = image.reshape(b, 3 * height, width) @ across.reshape(b, n * size, width).mT
+        lines = lines.view(b, 3, height, n, size).permute(0, 3, 2, 1, 4).reshape(b, n, height, 3 * size)
+        pixels = down @ lines.round_().clamp_(0, 255)
+    return pixels.round_().clamp_(0, 255).view(b, n, size, 3, size).transpose(2, 3)
+
+
+def _check_picture(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"a picture of height {height} and width {width} has no pixels to crop")
+
+
+def _check_sampling(height: int, width: int, n: int, scale: tuple[float, float]) -> None:
+    _check_picture(height, width)
+    if n < 1:
+        raise ValueError(f"n must be at least 1 crop, not {n}")
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale must be (alpha, beta) with 0 < alpha <= beta <= 1, not {tuple(scale)}")
+
+
+def _check_images(images: Sequence[Tensor], size: int) -> None:
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, not {size}")
+    for image in images:
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or image.numel() == 0:
+            raise ValueError(f"a picture must be uint8 (3, H, W) and not empty, not {image.dtype} {tuple(image.shape)}")
+
+
+def _check_extract(images: Sequence[Tensor], box: Tensor, size: int) -> None:
+    _check_images(images, size)
+    if len(images) == 0 or len(box) != len(images):
+        raise ValueError(
+            f"{len(images)} pictures but boxes for {len(box)}: give at least one, and one set of boxes each"
+        )
+    if box.shape[-1] != 4 or box.numel() == 0:
+        raise ValueError(f"box must have the shape (..., 4) with at least one box, not {tuple(box.shape)}")
