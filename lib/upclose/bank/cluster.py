@@ -1,0 +1,149 @@
+"""Shards spread over a Ray cluster: an actor holds the encoder, a shard is one task, a lost one is done again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from upclose.bank import store as stores
+from upclose.bank.store import BankError, Store
+
+ATTEMPTS = 4  # at one shard, or to start actors before any of them works
+
+
+def spread(
+    make: Callable,
+    folder: Store,
+    address: str,
+    workers: int | None,
+    gpus: float,
+    todo: list[tuple[int, int]],
+    advance: Callable[[int], object],
+) -> list[dict]:
+    """Encode and write shards on a cluster.
+
+    Every actor computes with as many threads as the driver does, so that the bytes are those of a local build.
+
+    Args:
+        make: `shards.make` with everything given but its last three arguments
+        folder: of the bank; every machine of the cluster must see it
+        address: of the cluster ("auto", "ray://host:10001", "host:6379"); unused when Ray is connected already
+        workers: actors, None for as many as the cluster holds
+        gpus: share of a GPU an actor asks for
+        todo: (start, stop) of each shard
+        advance: called with the number of images that each shard adds
+
+    Returns:
+        an entry a shard, in the order in which they were finished
+
+    Raises:
+        ImportError: Ray is not installed
+        ValueError: no machine of the cluster has what an actor asks for
+        ConnectionError: there is no cluster at the address
+        BankError: workers are lost again and again, or do not write to the same root as this process reads
+    """
+    ray = _connect(address)
+    threads = torch.get_num_threads()
+    workers = min(len(todo), workers or _room(ray, threads, gpus))
+    shared = ray.put(make)
+    actor = ray.remote(num_cpus=threads, num_gpus=gpus)(Worker)
+    waiting = {}  # what we wait for -> (actor, its shard; None while it starts)
+
+    def hire() -> None:
+        new = actor.remote(shared, threads, gpus)
+        waiting[new.ready.remote()] = (new, None)
+
+    todo, idle, entries, lost = list(reversed(todo)), [], [], Counter()
+    try:
+        for _ in range(workers):
+            hire()
+        while todo or any(shard for _, shard in waiting.values()):
+            while todo and idle:
+                worker, shard = idle.pop(), todo.pop()
+                waiting[worker.make.remote(shard)] = (worker, shard)
+            task = ray.wait(list(waiting))[0][0]
+            worker, shard = waiting.pop(task)
+            try:
+                result = ray.get(task)
+            except ray.exceptions.RayActorError as error:
+                lost[shard] += 1
+                if lost[shard] == ATTEMPTS:
+                    raise BankError(
+                        f"Ray lost the worker {ATTEMPTS} times at {f'images {shard}' if shard else 'its start'} "
+                        f"(out of memory?): {error}"
+                    ) from error
+                if shard:
+                    todo.append(shard)
+                hire()
+                continue
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            idle.append(worker)
+            if shard:
+                _check_shared(folder, result)
+                entries.append(result)
+                advance(shard[1] - shard[0])
+    finally:
+        for worker in [*idle, *(worker for worker, _ in waiting.values())]:
+            ray.kill(worker)
+    return entries
+
+
+class Worker:
+    """An actor: the encoder on this machine's device."""
+
+    def __init__(self, make: Callable, threads: int, gpus: float):
+        torch.set_num_threads(threads)
+        if gpus:
+            dataset, encoder, *rest = make.args
+            make = type(make)(make.func, dataset, encoder.to("cuda"), *rest)
+        self._make = make
+
+    def ready(self) -> None:
+        """Answer once the actor has started."""
+
+    def make(self, shard: tuple[int, int]) -> dict:
+        """Encode and write one shard."""
+        return self._make([shard], lambda _: None)[0]
+
+
+def _connect(address: str) -> ModuleType:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError('executor="ray" needs Ray: pip install "upclose[cluster]"') from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"there is no Ray cluster at {address!r}: start one with `ray start --head` (and `ray start --address="
+                'HOST:6379` on every other machine), or take executor="local"'
+            ) from error
+    return ray
+
+
+def _room(ray: ModuleType, threads: int, gpus: float) -> int:
+    """How many actors the cluster holds."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(
+        int(min(machine.get("CPU", 0) / threads, machine.get("GPU", 0) / gpus if gpus else float("inf")))
+        for machine in machines
+    )
+    if not room:
+        raise ValueError(
+            f"no machine of the Ray cluster has {threads} processors and {gpus} GPUs for one worker: lower "
+            f"torch.set_num_threads({threads}) or gpus={gpus}; there are {machines}"
+        )
+    return room
+
+
+def _check_shared(folder: Store, entry: dict) -> None:
+    if stores.size(folder, entry["name"]) != entry["bytes"]:
+        raise BankError(
+            f"a worker wrote shard {entry['name']} to {folder}, but this process does not find it there: choose a root "
+            "that every machine of the cluster shares (a network file system, s3://, gs://)"
+        )

@@ -1,0 +1,155 @@
+"""One shard: decode, draw boxes, encode, write. The same pictures always meet the encoder in the same batches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from upclose import crops
+from upclose.bank import store as stores
+from upclose.bank.store import Store
+from upclose.features import Dataset, Plan
+from upclose.images import ImageError
+
+BATCH = 8  # images that are handed to the encoder together; part of a bank's key
+PREPROCESSING = 1  # part of a bank's key: raise it when `crops` or `images` give other pixels than before
+THREADS = min(8, os.cpu_count() or 1)  # that decode while the encoder works
+DTYPE = {"float16": torch.float16, "float32": torch.float32}
+
+
+class Picture(NamedTuple):
+    """A decoded picture, or why there is none.
+
+    Attributes:
+        pixels: uint8 (3, H, W)
+        box: (N, 4) or (T, N, 4) float32
+        error: the reason that it cannot be read
+    """
+
+    pixels: Tensor | None
+    box: Tensor | None
+    error: ImageError | None = None
+
+
+def make(
+    dataset: Dataset,
+    encoder: object,
+    plan: Plan,
+    dtype: str,
+    on_error: str,
+    folder: Store,
+    ranges: list[tuple[int, int]],
+    advance: Callable[[int], object],
+) -> list[dict]:
+    """Encode and write the shards of some ranges of images.
+
+    Args:
+        dataset: as in `bank.build`
+        encoder: as in `bank.build`
+        plan: as in `bank.build`
+        dtype: as in `bank.build`
+        on_error: as in `bank.build`
+        folder: of the bank
+        ranges: (start, stop) of each shard
+        advance: called with the number of images that each batch adds
+
+    Returns:
+        an `entry` a shard
+
+    Raises:
+        ValueError: a picture is unreadable and on_error is "raise", or the encoder's numbers are not finite
+    """
+    positions = [i for start, stop in ranges for i in range(start, stop)]
+    pictures = decode(dataset, plan, positions)
+    entries = []
+    for start, stop in ranges:
+        parts, index, errors = [], [], {}
+        for first in range(start, stop, BATCH):
+            batch = list(zip(range(first, min(first + BATCH, stop)), pictures))
+            if on_error == "raise":
+                _raise_first_error(dataset, batch)
+            errors |= {i: picture.error.reason for i, picture in batch if picture.error}
+            if readable := [(i, picture) for i, picture in batch if not picture.error]:
+                index += [i for i, _ in readable]
+                parts.append(encode([picture for _, picture in readable], encoder, plan.cls, DTYPE[dtype]))
+            advance(len(batch))
+        tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in (parts[0] if parts else ())}
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise ValueError(
+                f"the encoder's features of images {start} to {stop - 1} of {dataset.name} are not finite in {dtype}: "
+                "try precision='fp32' or dtype='float32'"
+            )
+        content = stores.pack({**tensors, "index": torch.tensor(index, dtype=torch.int64)}, errors)
+        entries.append(entry(start, stop, content, errors))
+        stores.write(folder, entries[-1]["name"], content)
+    return entries
+
+
+def entry(start: int, stop: int, content: bytes, errors: dict[int, str]) -> dict:
+    """What the manifest says about a shard, and its errors."""
+    return {
+        "name": f"{start:08d}-{stop:08d}.safetensors",
+        "start": start,
+        "stop": stop,
+        "count": stop - start - len(errors),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "errors": errors,
+    }
+
+
+def decode(dataset: Dataset, plan: Plan, positions: Iterable[int]) -> Iterator[Picture]:
+    """The pictures at these positions, in order, decoded by threads that stay at most two batches ahead."""
+
+    def load(i: int) -> Picture:
+        try:
+            pixels = dataset.load(i)
+        except ImageError as error:
+            return Picture(None, None, error)
+        except Exception as error:
+            error.add_note(f"while loading picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split})")
+            raise
+        return Picture(pixels, crops.plan_boxes(plan, *pixels.shape[-2:], dataset.key[i]))
+
+    positions = iter(positions)
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead = deque(pool.submit(load, i) for i in islice(positions, 2 * BATCH))
+        while ahead:
+            picture = ahead.popleft().result()
+            ahead.extend(pool.submit(load, i) for i in islice(positions, 1))
+            yield picture
+
+
+def encode(pictures: list[Picture], encoder: object, cls: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Encode B pictures and their crops, on the encoder's device, which is not waited for.
+
+    Returns:
+        box (B, [T,] N, 4), image (B, D), crop (B, [T,] N, D) and with cls image_cls (B, W), crop_cls (B, N, W)
+    """
+    pixels = [picture.pixels for picture in pictures]
+    box = torch.stack([picture.box for picture in pictures])
+    image, crop = encoder.encode_images(pixels, cls=cls), encoder.encode_crops(pixels, box, cls=cls)
+    if cls:
+        (image, image_cls), (crop, crop_cls) = image, crop
+        return {"box": box, "image": image.to(dtype), "crop": crop.to(dtype)} | {
+            "image_cls": image_cls.to(dtype),
+            "crop_cls": crop_cls.to(dtype),
+        }
+    return {"box": box, "image": image.to(dtype), "crop": crop.to(dtype)}
+
+
+def _raise_first_error(dataset: Dataset, batch: list[tuple[int, Picture]]) -> None:
+    for i, picture in batch:
+        if picture.error:
+            raise ValueError(
+                f"picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split}): {picture.error}. "
+                "Mend it, or pass on_error='skip' to list it in the manifest and leave it out of every result"
+            ) from picture.error

@@ -1,0 +1,188 @@
+"""Where banks lie and how their files are written: whole or not at all, and never believed without their checksum."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import save
+from torch import Tensor
+
+from upclose import paths
+
+SHARD_NAME = re.compile(r"(\d{8})-(\d{8})\.safetensors")
+BLANK = "0" * 64
+
+
+class BankError(RuntimeError):
+    """A bank is missing, unfinished or damaged; the message says which part and how to mend it."""
+
+
+class Store(NamedTuple):
+    """A folder, on this machine or behind an fsspec URL.
+
+    Attributes:
+        files: the file system
+        path: of the folder in it
+    """
+
+    files: AbstractFileSystem
+    path: str
+
+    @property
+    def local(self) -> bool:
+        """Whether its files can be memory-mapped."""
+        return isinstance(self.files, LocalFileSystem)
+
+    def join(self, name: str) -> Store:
+        """A folder or a file in it."""
+        return Store(self.files, f"{self.path.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.path if self.local else self.files.unstrip_protocol(self.path)
+
+
+def locate(root: str | os.PathLike | None) -> Store:
+    """A root as a `Store`: a path, an fsspec URL (s3://, gs://, memory://, file://), or None for `paths.bank()`."""
+    return Store(*url_to_fs(os.fspath(paths.bank() if root is None else root)))
+
+
+def sizes(folder: Store) -> dict[str, int]:
+    """The files in a folder and their sizes in bytes; nothing when there is no such folder."""
+    folder.files.invalidate_cache()
+    if not folder.files.isdir(folder.path):
+        return {}
+    listing = folder.files.ls(folder.path, detail=True)
+    return {item["name"].rsplit("/", 1)[-1]: item["size"] for item in listing if item["type"] == "file"}
+
+
+def size(folder: Store, name: str) -> int | None:
+    """Of one file, in bytes; None when there is none."""
+    folder.files.invalidate_cache()
+    try:
+        return folder.files.info(folder.join(name).path)["size"]
+    except FileNotFoundError:
+        return None
+
+
+def read(folder: Store, name: str) -> bytes:
+    """A whole file."""
+    return folder.files.cat_file(folder.join(name).path)
+
+
+@contextlib.contextmanager
+def writing(folder: Store) -> Iterator[None]:
+    """Turn a full disk or a root that is not ours to write into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write to the bank at {folder} ({error.strerror or error}): make room or give write permission "
+            "there, or choose another root (root=, UPCLOSE_BANK). Shards that were finished are kept, and the next "
+            "build goes on from them",
+        ) from error
+
+
+def write(folder: Store, name: str, content: bytes) -> None:
+    """Write a file so that under its name there is never a part of it.
+
+    On a local disk: a temporary name, fsync, rename, fsync of the folder. Object stores publish an object whole; on
+    other file systems the checksum inside the file unmasks a half.
+    """
+    target = folder.join(name).path
+    with writing(folder):
+        if not folder.local:
+            folder.files.pipe_file(target, content)
+            return
+        partial = f"{target}.partial-{uuid.uuid4().hex}"
+        try:
+            with Path(partial).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        _sync_folder(folder.path)
+
+
+def _sync_folder(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def lock(root: Store, key: str) -> Iterator[None]:
+    """One builder a key at a time, among the processes that see the same lock file; the others wait.
+
+    The lock lies beside the bank; for a remote root it lies in this machine's cache, so that builders on two machines
+    are not kept apart: they do the same work twice, and write the same bytes.
+    """
+    if root.local:
+        path = Path(root.join(f"{key}.lock").path)
+    else:
+        path = paths.cache() / "locks" / f"{hashlib.sha256(str(root.join(key)).encode()).hexdigest()}.lock"
+    held = FileLock(path)
+    with writing(root):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            warnings.warn(f"another process is building bank {key}: waiting until it is done", stacklevel=3)
+            held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def pack(tensors: dict[str, Tensor], errors: dict[int, str]) -> bytes:
+    """A shard as safetensors bytes that carry their own checksum, taken with the checksum's place filled with zeros."""
+    note = json.dumps({"checksum": BLANK, "errors": errors}, sort_keys=True)
+    content = save(tensors, {"shard": note})
+    return content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+
+
+def unpack_errors(content: bytes) -> dict[int, str] | None:
+    """The unreadable pictures that an intact shard lists, {position: reason}; None when the shard is damaged."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        note = json.loads(header["__metadata__"]["shard"])
+        blank = content.replace(note["checksum"].encode(), BLANK.encode(), 1)
+        intact = hashlib.sha256(blank).hexdigest() == note["checksum"]
+        return {int(i): reason for i, reason in note["errors"].items()} if intact else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def seal(manifest: dict) -> bytes:
+    """A manifest as JSON with its own checksum."""
+    body = {name: value for name, value in manifest.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1).encode()
+
+
+def unseal(content: bytes) -> dict | None:
+    """The manifest that `seal` wrote, None when it is damaged."""
+    try:
+        manifest = json.loads(content)
+        return manifest if seal(manifest) == content else None
+    except (ValueError, AttributeError):
+        return None
