@@ -1,0 +1,291 @@
+"""Where models come from: names and tags of open_clip, checkpoint files, the shipped birdlets models."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import torch
+from open_clip.model import build_model_from_openai_state_dict, convert_to_custom_text_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from upclose.encode import tiny
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+_OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")
+
+
+class Parts(NamedTuple):
+    """What an encoder is made of.
+
+    Attributes:
+        model: an open_clip model
+        tokenize: list of L strings -> (L, context length) int64
+        image_size: side of the square pictures that the image tower takes
+        mean, std: per channel, of pixels in [0, 1]
+        squash: whole pictures are squashed to the square, not resized by the short side and cropped
+    """
+
+    model: nn.Module
+    tokenize: Callable[[list[str]], Tensor]
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    squash: bool = False
+
+
+def find(name: str, pretrained: str | os.PathLike | None) -> Parts:
+    """The parts that `encode.load`'s name and pretrained stand for, and its errors."""
+    return _birdlets(name, pretrained) or _self_described(name, pretrained) or _from_open_clip(name, pretrained)
+
+
+def _birdlets(name: str, pretrained: str | os.PathLike | None) -> Parts | None:
+    """One of the repository's own models, by name or by a safetensors file with its JSON beside it."""
+    described = not pretrained and Path(name).suffix == ".safetensors" and Path(name).with_suffix(".json").is_file()
+    if name not in tiny.NAMES and not described:
+        return None
+    return Parts(*tiny.load(_existing(pretrained) if pretrained else name))
+
+
+def _self_described(name: str, pretrained: str | os.PathLike | None) -> Parts | None:
+    """A checkpoint file given as the name: OpenAI's layout tells the architecture by its shapes."""
+    if not _is_path(name):
+        return None
+    if pretrained:
+        raise ValueError(
+            f"{name!r} is a checkpoint file and has its own weights: leave pretrained={str(pretrained)!r} out"
+        )
+    state, openai = _read(_existing(name))
+    if not openai:
+        alike = _architectures(state)
+        raise ValueError(
+            f"{name} does not tell its architecture or activation: name the model, "
+            f"load({alike[0] if alike else 'NAME'!r}, pretrained={name!r})"
+        )
+    model = build_model_from_openai_state_dict(dict(state)).float()  # it rounds to fp16, therefore once more:
+    model.load_state_dict(state)
+    return _parts(model, open_clip.tokenize, {})
+
+
+def _from_open_clip(name: str, pretrained: str | os.PathLike | None) -> Parts:
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return _from_hub(name, pretrained)
+    name = name.replace("/", "-")
+    names = open_clip.list_models()
+    if name not in names:
+        raise ValueError(
+            f"unknown model {name!r}: {_nearest(name, [*tiny.NAMES, *names])}, or any of open_clip.list_models()"
+        )
+    wanted = None if pretrained is None else os.fspath(pretrained)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    state = None
+    if wanted is None:
+        warnings.warn(
+            f"{name!r} without pretrained has random weights; tags: {', '.join(tags) or 'none'}", stacklevel=4
+        )
+        facts = {}
+    elif _is_path(wanted):
+        state, openai = _read(_existing(wanted))
+        facts = {"quick_gelu": True} if openai else _published(name, wanted)
+    elif facts := open_clip.get_pretrained_cfg(name, wanted):
+        facts = {"quick_gelu": False, **facts}
+    else:
+        raise ValueError(_unknown_tag(name, wanted, tags))
+    _check_activation(name, wanted, facts)
+    file = _download(name, wanted, facts) if wanted and state is None else None
+    model = _build(name)
+    if file:
+        open_clip.load_checkpoint(model, file)
+    elif state:
+        _load_state(model, state, name, wanted)
+    return _parts(model, _tokenizer(name), facts)
+
+
+def _from_hub(name: str, pretrained: str | os.PathLike | None) -> Parts:
+    """A model with its own configuration: "hf-hub:owner/model" or "local-dir:folder"."""
+    if pretrained:
+        raise ValueError(f"{name!r} has its own weights: leave pretrained={str(pretrained)!r} out")
+    model = _build(name, require_pretrained=True)
+    return _parts(model, _tokenizer(name), model.visual.preprocess_cfg)
+
+
+def _build(name: str, **options: bool) -> nn.Module:
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it says "initialized randomly" of models whose weights we load next
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return open_clip.create_model(name, pretrained_text=False, **options)
+    except Exception as error:
+        kind = ConnectionError if name.startswith("hf-hub:") else ValueError
+        raise kind(
+            f"{name!r} cannot be built ({reason(error)}): files that it needs from the network must be in the cache"
+        ) from error
+    finally:
+        logging.disable(quiet)
+
+
+def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:
+        raise ConnectionError(
+            f"the tokenizer of {name!r} is not in the cache and could not be downloaded ({reason(error)}): "
+            "load it once where there is a network and copy the cache"
+        ) from error
+
+
+def _parts(model: nn.Module, tokenize: Callable[[list[str]], Tensor], facts: dict) -> Parts:
+    size = model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ValueError(f"the model takes pictures of {width} x {height} pixels: only square ones are supported")
+    mean, std = facts.get("mean", open_clip.OPENAI_DATASET_MEAN), facts.get("std", open_clip.OPENAI_DATASET_STD)
+    return Parts(model, tokenize, height, mean, std, facts.get("resize_mode") == "squash")
+
+
+def _check_activation(name: str, pretrained: str | None, facts: dict) -> None:
+    """QuickGELU weights in a model without it (or the reverse) give wrong embeddings without any other sign."""
+    has = bool(open_clip.get_model_config(name).get("quick_gelu", False))
+    trained = bool(facts.get("quick_gelu", has))
+    if trained == has:
+        return
+    other = f"{name}-quickgelu" if trained else name.removesuffix("-quickgelu")
+    how, is_ = ("with", "does without") if trained else ("without", "has")
+    raise ValueError(
+        f"{pretrained!r} was trained {how} QuickGELU, which {name!r} {is_}: load({other!r}, pretrained={pretrained!r})"
+    )
+
+
+def _published(name: str, path: str) -> dict:
+    """What the registry knows of a downloaded file, recognised by its published name; {} if nothing."""
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        facts = open_clip.get_pretrained_cfg(name, tag)
+        if facts.get("url", "").rsplit("/", 1)[-1] == Path(path).name:
+            return {"quick_gelu": False, **facts}
+    return {}
+
+
+def _unknown_tag(name: str, tag: str, tags: Sequence[str]) -> str:
+    others = [
+        other for other in open_clip.list_pretrained_models_by_tag(tag) if other.startswith(name.split("-quick")[0])
+    ]
+    if others:
+        return f"{name!r} has no weights {tag!r}, but {others[0]!r} has: load({others[0]!r}, pretrained={tag!r})"
+    if not tags:
+        return f"{name!r} has no published weights, so no {tag!r}: give a checkpoint file"
+    return f"{name!r} has no weights {tag!r}: {_nearest(tag, tags)}; all: {', '.join(tags)}; or give a checkpoint file"
+
+
+def _download(name: str, tag: str, facts: dict) -> str:
+    try:
+        return open_clip.download_pretrained(facts)
+    except Exception as error:
+        source = facts.get("hf_hub") or facts.get("url")
+        raise ConnectionError(
+            f"the weights {tag!r} of {name!r} are not in the cache and could not be downloaded from {source} "
+            f"({reason(error)}): fetch the file where there is a network and give its path, "
+            f"load({name!r}, pretrained='/path/to/file'), or use 'birdlets-tiny', which is shipped"
+        ) from error
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(_SUFFIXES) or name.startswith(("/", "./", "../", "~")) or os.path.isfile(name)
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: give the checkpoint file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {path}, nor a folder {path.parent}: correct the path")
+    beside = [file.name for file in path.parent.iterdir() if file.name.endswith(_SUFFIXES)]
+    raise FileNotFoundError(
+        f"there is no checkpoint {path}: correct the path ({_nearest(path.name, beside) if beside else 'none is beside it'})"
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """A state dict without wrappers and prefixes, and whether it is in OpenAI's layout (which means QuickGELU)."""
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except Exception as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights ({reason(error)}): "
+            "it is cut short or holds something else than tensors; get it again, or save it as safetensors"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: save model.state_dict()")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    openai = any(key in state for key in _OPENAI_FACTS)
+    return {key: value for key, value in state.items() if key not in _OPENAI_FACTS}, openai
+
+
+def _read_torch(path: Path) -> dict:
+    """A `.pt` file: tensors only, or a TorchScript archive as OpenAI published them."""
+    with open(path, "rb") as file:
+        script = file.read(2) == b"PK" and torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl")
+    if script:
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_state(model: nn.Module, state: dict[str, Tensor], name: str, path: str) -> None:
+    if hasattr(model, "text"):
+        state = convert_to_custom_text_state_dict(state)
+    wanted = model.state_dict()
+    if "logit_scale" in state:
+        state = {**state, "logit_scale": state["logit_scale"].reshape(wanted["logit_scale"].shape)}
+    wrong = [
+        f"{key} is {tuple(state[key].shape)} and not {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    wrong += [f"{key} is missing" for key in wanted if key not in state]
+    wrong += [f"{key} has no place" for key in state if key not in wanted]
+    if wrong:
+        alike = _architectures(state)
+        more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
+        hint = f"its shapes are those of {', '.join(alike)}" if alike else "name the model that it was trained as"
+        raise ValueError(f"{path} does not fit {name!r} ({'; '.join(wrong[:2])}{more}): {hint}")
+    model.load_state_dict(state)
+
+
+def _architectures(state: dict[str, Tensor]) -> list[str]:
+    """The open_clip models whose ViT has the width, depth, patches and picture size of a state dict."""
+    patch, grid = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
+    projection = state.get("text_projection", state.get("text.text_projection"))
+    if patch is None or grid is None or projection is None or patch.ndim != 4:
+        return []
+    layers = len({key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")})
+    size = round((len(grid) - 1) ** 0.5) * patch.shape[-1]
+    found = (len(patch), layers, patch.shape[-1], size, projection.shape[-1])
+    return [name for name in open_clip.list_models() if _shape(open_clip.get_model_config(name)) == found]
+
+
+def _shape(config: dict) -> tuple:
+    vision = config["vision_cfg"]
+    return *(vision.get(key) for key in ("width", "layers", "patch_size", "image_size")), config["embed_dim"]
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    lower = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.3) or list(lower)[:3]
+    return f"nearest: {', '.join(lower[other] for other in close)}"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, for use within a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
