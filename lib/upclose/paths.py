@@ -32,3 +32,15 @@ def data() -> Path:
 def results() -> Path:
     """Where runs are written: `UPCLOSE_RESULTS`, else `results` in the repository."""
     return Path(os.environ.get("UPCLOSE_RESULTS") or ROOT / "results")
+
+
+def run_folder() -> Path | None:
+    """Where the run writes that this notebook is part of (`UPCLOSE_RUN`), None when somebody runs it by hand."""
+    folder = os.environ.get("UPCLOSE_RUN")
+    return Path(folder) if folder else None
+
+
+def run_name() -> str:
+    """The name of that run, empty when there is none."""
+    folder = run_folder()
+    return folder.name.removeprefix(".partial-") if folder else ""

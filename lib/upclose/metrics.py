@@ -1,0 +1,112 @@
+"""Accuracies, and the rows of `metrics.csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from upclose import paths
+
+COLUMNS = ["paper", "table", "method", "dataset", "backbone", "setting", "metric", "value", "std", "n", "run"]
+
+
+def correct(scores: Tensor, label: Tensor, k: int = 1) -> Tensor:
+    """Whether the true class is among the k best.
+
+    A class that ties with the true one counts as better when its index is lower, as `argmax` would decide.
+
+    Args:
+        scores: (B, C), larger is better
+        label: (B,) int64
+        k: how many guesses
+
+    Returns:
+        (B,) bool
+
+    Raises:
+        ValueError: scores that are not finite, or k < 1
+    """
+    if k < 1:
+        raise ValueError(f"top-k needs k >= 1, not {k}")
+    if not torch.isfinite(scores).all():
+        row = int((~torch.isfinite(scores)).any(1).nonzero()[0])
+        raise ValueError(f"the scores of image {row} are not finite")
+    label = torch.as_tensor(label, device=scores.device)
+    own = scores.gather(1, label[:, None])
+    before = torch.arange(scores.shape[1], device=scores.device) < label[:, None]
+    return ((scores > own) | ((scores == own) & before)).sum(1) < k
+
+
+def accuracy(scores: Tensor, label: Tensor, k: int = 1) -> float:
+    """Top-k accuracy in per cent."""
+    return 100 * correct(scores, label, k).double().mean().item()
+
+
+def per_class(hit: Tensor, label: Tensor, classes: int) -> Tensor:
+    """(C,) accuracy in per cent of each class, NaN for a class without images."""
+    label = torch.as_tensor(label)
+    total = torch.bincount(label, minlength=classes)
+    return 100 * torch.bincount(label, weights=hit.double(), minlength=classes) / total
+
+
+def confusion(scores: Tensor, label: Tensor) -> Tensor:
+    """(C, C) int64: entry (i, j) counts the images of class i that are taken for class j."""
+    classes = scores.shape[1]
+    return torch.bincount(torch.as_tensor(label) * classes + scores.argmax(1), minlength=classes**2).view(
+        classes, classes
+    )
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over crop sets that were drawn anew; std is NaN for a single one."""
+
+    mean: float
+    std: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The mean of the values and their standard deviation (n - 1 in the denominator)."""
+    values = np.asarray(values, float)
+    return Spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"))
+
+
+def row(
+    method: str,
+    hits: Tensor,
+    *,
+    dataset: str,
+    backbone: str,
+    paper: str = "",
+    table: str = "",
+    setting: str = "zero-shot",
+    metric: str = "top1",
+) -> dict:
+    """One line of `metrics.csv`.
+
+    Args:
+        method: as the papers call it
+        hits: (S, n) or (n,) bool, for each crop set and image whether it is right
+        dataset: the registry's name
+        backbone: of the encoder
+        paper: whose table the line belongs to
+        table: of that paper
+        setting: as in `published/*.csv`
+        metric: as in `published/*.csv`
+    """
+    hits = torch.atleast_2d(hits)
+    mean, std = spread([100 * h.double().mean().item() for h in hits])
+    facts = (paper, table, method, dataset, backbone, setting, metric, mean, std, hits.shape[1], paths.run_name())
+    return dict(zip(COLUMNS, facts))
+
+
+def save(rows: list[dict]) -> pd.DataFrame:
+    """The rows as a frame; inside a run it is written to the run's `metrics.csv` too."""
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    if (folder := paths.run_folder()) is not None:
+        frame.to_csv(folder / "metrics.csv", index=False, float_format="%.4f")
+    return frame

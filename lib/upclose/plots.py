@@ -1,0 +1,132 @@
+"""One look for every figure: seaborn's white grid, colours that colour-blind readers can tell apart, one colour a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from upclose import paths
+
+_PALETTE = sns.color_palette("colorblind", 10).as_hex()
+COLOURS = {
+    "CLIP": _PALETTE[7],
+    "CLIP-E": "#b3b3b3",
+    "CLIP-D": _PALETTE[9],
+    "WaffleCLIP": _PALETTE[5],
+    "CuPL": _PALETTE[8],
+    "multi-crop": _PALETTE[0],
+    "WCA": _PALETTE[1],
+    "LGCA": _PALETTE[2],
+    "LaZSL": _PALETTE[4],
+    "D&D": _PALETTE[3],
+    "FAIR": _PALETTE[6],
+    "LARE": "#44307a",
+}
+
+
+def style() -> None:
+    """Set the style; a notebook calls it once."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.85)
+    plt.rcParams |= {
+        "figure.dpi": 90,
+        "savefig.dpi": 120,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "axes.titlelocation": "left",
+        "svg.hashsalt": "upclose",
+    }
+
+
+def save(figure: Figure, name: str) -> None:
+    """Inside a run, write the figure to the run's `figures/name.png`."""
+    if (folder := paths.run_folder()) is not None:
+        (folder / "figures").mkdir(exist_ok=True)
+        figure.savefig(folder / "figures" / f"{name}.png", metadata={"Software": None})
+
+
+def colour(method: str) -> str:
+    """The colour of a method, by the longest known name that its name starts with; black where there is none."""
+    known = [name for name in COLOURS if method.startswith(name)]
+    return COLOURS[max(known, key=len)] if known else "#333333"
+
+
+def picture(
+    ax: Axes,
+    pixels,
+    boxes: Sequence | Mapping[str, Sequence] = (),
+    weights: Sequence[float] | None = None,
+    title: str = "",
+    colour: str = "#ffd400",
+) -> None:
+    """A picture with boxes on it.
+
+    Args:
+        ax: to draw on
+        pixels: (3, H, W) uint8
+        boxes: (x0, y0, x1, y1) each, or name -> box to have them labelled
+        weights: one a box; the line is the thicker the larger the weight
+        title: above the picture
+        colour: of the boxes
+    """
+    ax.imshow(np.moveaxis(np.asarray(pixels), 0, -1))
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.grid(False)
+    names = list(boxes) if isinstance(boxes, Mapping) else [None] * len(boxes)
+    rows = list(boxes.values()) if isinstance(boxes, Mapping) else list(boxes)
+    relative = np.ones(len(rows)) if weights is None else np.asarray(weights, float) / max(np.max(weights), 1e-12)
+    for name, (x0, y0, x1, y1), weight in zip(names, rows, relative):
+        ax.add_patch(
+            Rectangle(
+                (x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=0.6 + 2 * weight, alpha=0.35 + 0.65 * weight
+            )
+        )
+        if name is not None:
+            ax.text(x0, y0 - 1, name, fontsize=6, color="black", bbox={"fc": colour, "ec": "none", "pad": 0.6})
+
+
+def intervals(
+    ax: Axes, frame: pd.DataFrame, label: str = "method", title: str = "", reference: str | None = None
+) -> None:
+    """Accuracies as points with the standard deviation over crop sets.
+
+    Args:
+        ax: to draw on
+        frame: rows of `metrics.csv`
+        label: the column that names a point
+        title: above
+        reference: a row whose value is drawn as a line through all
+    """
+    for y, line in enumerate(frame.itertuples()):
+        name = getattr(line, label)
+        std = 0.0 if np.isnan(line.std) else line.std
+        ax.errorbar(line.value, y, xerr=std, fmt="o", color=colour(name), capsize=3)
+        ax.annotate(
+            f"{line.value:.1f}", (line.value, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7
+        )
+        if name == reference:
+            ax.axvline(line.value, color=colour(name), lw=0.8, ls="--", zorder=0)
+    ax.set(yticks=range(len(frame)), yticklabels=frame[label], xlabel="top-1 accuracy (%)", title=title)
+    ax.invert_yaxis()
+
+
+def ledger(ax: Axes, claims) -> None:
+    """The differences of the claims with their intervals: green holds, red fails, grey undecided."""
+    shade = {"holds": _PALETTE[2], "fails": _PALETTE[3], "undecided": _PALETTE[7]}
+    for y, claim in enumerate(claims):
+        spread = [[claim.difference - claim.low], [claim.high - claim.difference]]
+        ax.errorbar(claim.difference, y, xerr=spread, fmt="s", color=shade[claim.verdict], capsize=3)
+        ax.plot([claim.margin] * 2, [y - 0.3, y + 0.3], color="black", lw=1)
+    ax.axvline(0, color="black", lw=0.6)
+    ax.set(
+        yticks=range(len(claims)), yticklabels=[f"{c.name} {c.verdict}" for c in claims], xlabel="difference (points)"
+    )
+    ax.invert_yaxis()

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+import torch
+
+from upclose import metrics
+
+
+def test_correct_is_argmax_and_topk_on_random_scores():
+    scores = torch.randn(200, 17, generator=torch.Generator().manual_seed(0))
+    label = torch.arange(200) % 17
+    assert torch.equal(metrics.correct(scores, label), scores.argmax(1) == label)
+    for k in (2, 5):
+        assert torch.equal(metrics.correct(scores, label, k), (scores.topk(k).indices == label[:, None]).any(1))
+
+
+def test_ties_go_to_the_lower_index_as_in_argmax():
+    scores = torch.ones(3, 3)
+    assert metrics.correct(scores, torch.arange(3)).tolist() == [True, False, False]
+    assert metrics.correct(scores, torch.arange(3), 2).tolist() == [True, True, False]
+
+
+def test_scores_that_are_not_finite_are_refused():
+    scores = torch.zeros(4, 2)
+    scores[2, 1] = float("nan")
+    with pytest.raises(ValueError, match="image 2"):
+        metrics.correct(scores, torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="k >= 1"):
+        metrics.correct(scores[:2], torch.zeros(2, dtype=torch.long), 0)
+
+
+def test_per_class_and_confusion_against_loops():
+    scores = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+    label = torch.arange(60) % 3  # class 3 has no image
+    hit = metrics.correct(scores, label)
+    by_class = metrics.per_class(hit, label, 4)
+    for c in range(3):
+        assert by_class[c].item() == pytest.approx(100 * np.mean([h for h, y in zip(hit.tolist(), label) if y == c]))
+    assert by_class[3].isnan()
+    table = torch.zeros(4, 4, dtype=torch.long)
+    for row, y in zip(scores, label):
+        table[y, row.argmax()] += 1
+    assert torch.equal(metrics.confusion(scores, label), table)
+
+
+def test_spread_and_row(monkeypatch, tmp_path):
+    assert metrics.spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert np.isnan(metrics.spread([1.0]).std)
+    folder = tmp_path / ".partial-start-abc"
+    folder.mkdir()
+    monkeypatch.setenv("UPCLOSE_RUN", str(folder))
+    line = metrics.row("CLIP", torch.tensor([True, False, False, True]), dataset="birdlets", backbone="birdlets-tiny")
+    assert (line["value"], line["n"], line["run"]) == (50.0, 4, "start-abc")
+    metrics.save([line])
+    assert (folder / "metrics.csv").read_text().splitlines()[0] == ",".join(metrics.COLUMNS)
