@@ -1,0 +1,211 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upclose import birdlets, train
+from upclose.encode import tiny
+
+SMALL = train.Recipe(pictures=12, steps=5, batch=8, warmup=2, measure=10)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    tokenize = tiny.tokenizer(birdlets.vocabulary())
+    drawn = [birdlets.training_views(0, i, False) for i in range(SMALL.pictures)]
+    pixels = np.concatenate([views for views, _ in drawn])
+    captions = [sentence for _, views in drawn for pair in views for sentence in pair]
+    return train.Pool(pixels, tokenize(captions).view(len(pixels), 2, -1).numpy().astype(np.uint16))
+
+
+def fresh():
+    return tiny.build(tiny.CONFIG, birdlets.vocabulary(), 0)
+
+
+def test_the_loss_is_a_loop_over_pairs():
+    g = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(6, 4, generator=g, dtype=torch.float64), dim=-1)
+    text = F.normalize(torch.randn(3, 4, generator=g, dtype=torch.float64), dim=-1)
+    caption, scale = torch.tensor([0, 2, 1, 0, 0, 2]), torch.tensor(7.0, dtype=torch.float64)
+    total = 0.0
+    for i in range(6):
+        own = (scale * image[i] @ text[caption[i]]).exp()
+        total -= (own / sum((scale * image[i] @ text[u]).exp() for u in range(3))).log() / 12
+    for u in range(3):  # a caption's target is spread evenly over the views that share it
+        sharing = [i for i in range(6) if caption[i] == u]
+        everything = sum((scale * image[j] @ text[u]).exp() for j in range(6))
+        for i in sharing:
+            total -= len(sharing) / 12 * ((scale * image[i] @ text[u]).exp() / everything).log() / len(sharing)
+    torch.testing.assert_close(train.contrastive_loss(image, text, caption, scale), total)
+
+
+def test_the_loss_of_a_batch_ignores_order_and_counts_a_caption_once(pool):
+    model = fresh()
+    rows = np.array([0, 3, 6, 9, 12])
+    pixels, tokens = pool.pixels[rows], pool.tokens[rows].copy()
+    tokens[1] = tokens[0]
+    order = np.array([3, 1, 4, 0, 2])
+    one, other = train.step_loss(model, pixels, tokens), train.step_loss(model, pixels[order], tokens[order])
+    torch.testing.assert_close(one, other)
+    image = F.normalize(model.encode_image(train.normalise(pixels)), dim=-1)
+    text = F.normalize(model.encode_text(torch.from_numpy(tokens.astype(np.int64)).flatten(0, 1)), dim=-1)
+    caption, scale = torch.tensor([0, 0, 1, 2, 3]), model.logit_scale.exp()
+    first, second = text.view(5, 2, -1)[[0, 2, 3, 4]].unbind(1)
+    assert len({row.tobytes() for row in tokens[:, 0]}) == len({row.tobytes() for row in tokens[:, 1]}) == 4
+    expected = sum(train.contrastive_loss(image, side, caption, scale) for side in (first, second)) / 2
+    torch.testing.assert_close(one, expected)
+
+
+def test_every_pass_sees_every_view_once():
+    seen = np.concatenate([train.batch_rows(20, 6, 0, step) for step in range(6)]).reshape(2, 18)
+    assert all(len(set(epoch)) == 18 for epoch in seen)
+    assert seen.max() < 20
+    assert (seen[0] != seen[1]).any()
+
+
+def test_jitter_moves_and_mirrors_whole_pictures():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 12, 12), dtype=np.uint8)
+    moved = train.jitter(pixels, 2, np.random.default_rng(1))
+    assert moved.dtype == np.uint8
+    padded = np.pad(pixels, ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
+    found = 0
+    for i in range(40):
+        options = [padded[i, :, y : y + 12, x : x + 12] for y in range(5) for x in range(5)]
+        found += any((moved[i] == view).all() or (moved[i] == view[:, :, ::-1]).all() for view in options)
+    assert found == 40
+    still = train.jitter(pixels, 0, np.random.default_rng(1))
+    assert 5 < sum((still[i] == pixels[i]).all() for i in range(40)) < 35
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    rates = [train.learning_rate(SMALL._replace(steps=100, warmup=10), step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == pytest.approx(1e-3)
+    assert np.argmax(rates) in (9, 10)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[-1] < 1e-6
+
+
+def test_only_matrices_decay():
+    decayed, free = train.optimiser(fresh(), SMALL).param_groups
+    assert decayed["weight_decay"] == SMALL.decay
+    assert free["weight_decay"] == 0
+    assert {weight.ndim for weight in decayed["params"]} == {2, 4}
+    assert sum(weight.numel() for weight in free["params"]) < sum(weight.numel() for weight in decayed["params"])
+
+
+def test_one_seed_one_model_also_when_interrupted(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "KEEP", 2)
+
+    def stop_at(step):
+        def measure(model):
+            stop_at.count += 1
+            if stop_at.count == step:
+                raise KeyboardInterrupt
+            return {}
+
+        stop_at.count = 0
+        return measure
+
+    plain, again, resumed = fresh(), fresh(), fresh()
+    curve = train.fit(plain, pool, SMALL, 0)
+    train.fit(again, pool, SMALL, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(fresh(), pool, SMALL, 0, tmp_path / "state", stop_at(2))
+    resumed_curve = train.fit(resumed, pool, SMALL, 0, tmp_path / "state")
+    assert [row["step"] for row in curve] == [row["step"] for row in resumed_curve] == [2, 4, 5]
+    assert [row["loss"] for row in curve] == [row["loss"] for row in resumed_curve]
+    for a, b, c in zip(*(model.state_dict().values() for model in (plain, again, resumed))):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    other = fresh()
+    train.fit(other, pool, SMALL, 1)
+    assert not torch.equal(other.visual.proj, plain.visual.proj)
+
+
+def test_accuracies_are_open_clips_own(pool):
+    model, data = fresh().eval(), birdlets.dataset("validation", "photo", n=12, seed=5)
+    pixels = train.pictures_of(data)
+    assert pixels.shape == (12, 3, birdlets.TRAIN_SIZE, birdlets.TRAIN_SIZE)
+    tokenize = tiny.tokenizer(birdlets.vocabulary())
+    image = model.encode_image(train.normalise(pixels))
+    name = model.encode_text(tokenize([f"a photo of a {name}." for name in data.class_names]), normalize=True)
+    described = birdlets.descriptors(data.species)
+    score = torch.stack(
+        [
+            (
+                image @ model.encode_text(tokenize([f"a photo of a {n}, which has {s}." for s in described[n]]), True).T
+            ).mean(1)
+            for n in data.class_names
+        ],
+        1,
+    )
+    by_name, with_descriptions = train.accuracies(model, pixels, data)
+    assert (by_name == ((image @ name.T).argmax(1).numpy() == data.label)).all()
+    assert (with_descriptions == (score.argmax(1).numpy() == data.label)).all()
+
+
+def test_a_whole_training_writes_weights_and_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UPCLOSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(train.RECIPES, "mini", SMALL)
+    assert train.main(["birdlets-tiny-whole", "--recipe", "mini", "--out", str(tmp_path / "out")]) == 0
+    assert "photo: " in capsys.readouterr().out
+    files = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert files == [f"birdlets-tiny-whole.{end}" for end in ("json", "md", "safetensors")]
+    card = (tmp_path / "out" / "birdlets-tiny-whole.md").read_text()
+    assert "whole pictures with whole captions only" in card
+    assert all(f"| {domain} | " in card for domain in birdlets.DOMAINS)
+    assert tiny.load(tmp_path / "out" / "birdlets-tiny-whole.safetensors").image_size == birdlets.TRAIN_SIZE
+    assert [file.name[:5] for file in (tmp_path / "cache" / "train").iterdir()] == ["pool-"]
+
+
+def test_bad_arguments_end_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        (["birdlets-huge"], "birdlets-tiny-whole"),
+        (["birdlets-tiny", "--recipe", "long"], "full"),
+        (["birdlets-tiny", "--out", str(tmp_path / "file")], "cannot write to"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_mini_recipe_learns(tmp_path):
+    environment = {**os.environ, "UPCLOSE_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "upclose.train", "birdlets-tiny", "--recipe", "mini", "--out", str(tmp_path)]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    photo = next(line for line in out.splitlines() if line.startswith("photo: "))
+    assert float(photo.split()[1].rstrip("%")) > 10 * 100 / 120
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+    environment = {**os.environ, "UPCLOSE_CACHE": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        "-m",
+        "upclose.train",
+        "birdlets-tiny",
+        "--recipe",
+        "mini",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as process:
+        time.sleep(15)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped" in error
+    assert not list((tmp_path / "out").iterdir())
