@@ -1,0 +1,80 @@
+"""CLIP, CLIP-D and the multi-crop control: the scores that every other method must beat.
+
+    f     (B, D)     the whole image, unit norm
+    f_i   (B, N, D)  crop i of the image
+    y     (C, D)     the class prompt, "a photo of a {name}."
+    t_j   (L, D)     description j
+
+Source: Radford et al. 2021 (CLIP, CLIP-E); Menon and Vondrick 2023 (CLIP-D); Pratt et al. 2023 (CuPL);
+Roth et al. 2023 (WaffleCLIP). LGCA (arXiv 2511.00419) eq. 1 and FAIR (arXiv 2507.09615) eqs. 2-5 state them again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from upclose.features import Text, Views
+
+
+def scores(views: Views, text: Text) -> Tensor:
+    """CLIP: cos(f, y).
+
+    CLIP-E is the same with `text.label` the re-normalised mean over the templates.
+
+    Args:
+        views: B images; the crops are not used
+        text: C classes; the descriptions are not used
+
+    Returns:
+        (B, C) float32, larger is better
+
+    Source:
+        LGCA eq. 1; CLIP section 3.1.2.
+    """
+    return (views.image @ text.label.mT).float()
+
+
+def class_means(text: Text) -> Tensor:
+    """The mean of each class's descriptions, (C, D), not normalised."""
+    total = torch.zeros_like(text.label).index_add(0, text.owner, text.description)
+    count = text.label.new_zeros(len(text.label)).index_add(0, text.owner, text.label.new_ones(len(text.owner)))
+    return total / count[:, None]
+
+
+def description_scores(views: Views, text: Text, normalise: bool = False) -> Tensor:
+    """CLIP-D: the mean over a class's descriptions of cos(f, t_j).
+
+    CuPL and WaffleCLIP are this with other sentences.
+
+    Args:
+        views: B images; the crops are not used
+        text: C classes and their descriptions
+        normalise: cosine with the normalised mean embedding instead of the mean of the cosines
+
+    Returns:
+        (B, C) float32, larger is better
+
+    Source:
+        Menon and Vondrick 2023, eq. 1 (mean of cosines); CuPL's released program (`normalise=True`).
+    """
+    mean = class_means(text)
+    return (views.image @ (normalize(mean, dim=-1) if normalise else mean).mT).float()
+
+
+def multi_crop_scores(views: Views, text: Text) -> Tensor:
+    """The control: the unweighted mean of cos(f_i, t_j) over crops and a class's descriptions.
+
+    Args:
+        views: B images, N crops each
+        text: C classes and their descriptions
+
+    Returns:
+        (B, C) float32, larger is better
+
+    Source:
+        FAIR eqs. 7 and 10 with w_i = 1/N and v_j = 1/M. The mean of cosines is the product of the two mean
+        embeddings, so the (N, L) matrix is never made.
+    """
+    return (views.crop.mean(1) @ class_means(text).mT).float()
