@@ -2,8 +2,10 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
+from open_clip.transform import image_transform
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import transforms
@@ -30,9 +32,16 @@ def pil(image):
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
+def pil_resize(image, wide, tall):
+    """Pillow 13's order of the passes in every Pillow: a much taller box is resized along y first."""
+    if image.height > tall and image.height - tall > 2 * (image.width - wide):
+        image = image.resize((image.width, tall), Image.BICUBIC)
+    return image.resize((wide, tall), Image.BICUBIC)
+
+
 def pil_crops(image, box, size):
     """The oracle: (N, 3, S, S) int."""
-    done = [pil(image).crop(tuple(row)).resize((size, size), Image.BICUBIC) for row in box.tolist()]
+    done = [pil_resize(pil(image).crop(tuple(row)), size, size) for row in box.tolist()]
     return torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) for one in done]).int()
 
 
@@ -58,6 +67,14 @@ def both(image, box, size):
         "cpu": crops.extract(image, box, size, dtype=torch.uint8).int(),
         "batched": crops.extract_batched([image], box[None], size, dtype=torch.uint8)[0].int(),
     }
+
+
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="earlier Pillows always begin with x")
+def test_the_oracle_is_pil():
+    rng = np.random.default_rng(0)
+    for height, width, tall, wide in rng.integers(1, 150, (300, 4)):
+        image = Image.fromarray(rng.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255)
+        assert pil_resize(image, wide, tall) == image.resize((wide, tall), Image.BICUBIC)
 
 
 # sampling ------------------------------------------------------------------------------------------------------------
@@ -412,14 +429,24 @@ def test_one_set_of_boxes_a_picture():
 @pytest.mark.parametrize(
     ("height", "width"), [(120, 181), (181, 120), (64, 64), (1, 1), (9, 60), (60, 9), (50, 201), (333, 77)]
 )
-def test_whole_is_clips_preprocessing(height, width, size):
+def test_whole_is_clips_preprocessing(height, width, size, monkeypatch):
     image = picture(height, width)
-    steps = [transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
-    done = transforms.Compose(steps)(pil(image))
+    short, long = sorted((height, width))
+    tall, wide = (size if side == short else int(size * long / short) for side in (height, width))
+    done = transforms.CenterCrop(size)(pil_resize(pil(image), wide, tall))
     expected = torch.from_numpy(np.array(done)).permute(2, 0, 1).int()
+    assert (crops.whole(image, size, torch.uint8).int() - expected).abs().max() <= 2
+    monkeypatch.setattr(crops, "ELONGATED", 0)
     assert (crops.whole(image, size, torch.uint8).int() - expected).abs().max() <= 2
     normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(crops.MEAN, crops.STD)])
     assert (crops.whole(image, size) - normalise(done)).abs().max() <= 2.01 / 255 / min(crops.STD)
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 181), (181, 120), (64, 64), (75, 201)])
+def test_whole_is_open_clips_transform(height, width):
+    image = picture(height, width)
+    transform = image_transform(224, is_train=False, mean=crops.MEAN, std=crops.STD)
+    assert (crops.whole(image, 224) - transform(pil(image))).abs().max() <= 2.01 / 255 / min(crops.STD)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 4000), (4000, 1)])

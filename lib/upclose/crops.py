@@ -196,8 +196,9 @@ def extract(
     """Cut boxes out of a picture, or out of each of several, and resize them to what an encoder takes.
 
     Every pixel is within 2/255 of PIL's `image.crop(box).resize((size, size), BICUBIC)`. On the CPU torch's vectorised
-    uint8 kernel does a crop at a time, in float32 and normalised while it is in the cache; on any other device
-    `extract_batched` does all of them at once, and boxes are not read back: they must lie in the picture.
+    uint8 kernel does a crop at a time, normalised in float32 while it is in the cache; on any other device
+    `extract_batched` does all of them at once, and boxes are not read back: they must lie in the picture. PIL is
+    Pillow 13, which resizes a box much taller than wide along y first; older ones, which never do, differ there.
 
     Args:
         image: uint8 (3, H, W), or a sequence of B such pictures of any sizes
@@ -235,7 +236,8 @@ def extract_batched(
 ) -> Tensor:
     """`extract` as two batched matrix products with banded weights, rounded and clamped between them as PIL does.
 
-    No loop over crops and no synchronisation; runs on every device. The weights and what stands between the
+    No loop over crops and no synchronisation; runs on every device. Where a picture is taller than S both orders of
+    the passes are computed, and each crop takes its own. The weights and what stands between the
     products take at most about `BLOCK_BYTES` at a time (or one crop of each picture, if that is more).
 
     Args:
@@ -257,19 +259,15 @@ def extract_batched(
     height, width = canvas.shape[-2:]
     rows = box.to(canvas.device, torch.float32, non_blocking=True).reshape(len(box), -1, 4).round()
     block = max(1, BLOCK_BYTES // (24 * len(images) * size * (height + width + size)))
-    out = [
-        _normalise(
-            _resample(
-                canvas,
-                _weights(part[..., 0], part[..., 2], size, width),
-                _weights(part[..., 1], part[..., 3], size, height),
-            ),
-            dtype,
-            mean,
-            std,
-        )
-        for part in rows.split(block, dim=1)
-    ]
+    out = []
+    for part in rows.split(block, dim=1):
+        x0, y0, x1, y1 = part.unbind(-1)
+        across, down = _weights(x0, x1, size, width), _weights(y0, y1, size, height)
+        pixels = _resample(canvas, across, down)
+        if height > size:
+            first = _is_down_first(y1 - y0, x1 - x0, size, size)[..., None, None, None]
+            pixels = torch.where(first, _resample(canvas.mT, down, across).mT, pixels)
+        out.append(_normalise(pixels, dtype, mean, std))
     return torch.cat(out, dim=1).view(*box.shape[:-1], 3, size, size)
 
 
@@ -303,16 +301,16 @@ def whole(
     tall, wide = (size if side == short else size * long // short for side in (height, width))
     top, left = round((tall - size) / 2), round((wide - size) / 2)
     if image.device.type == "cpu" and long <= ELONGATED * short:
-        resized = F.interpolate(_channels_last(image[None]), (tall, wide), mode="bicubic", antialias=True)
-        pixels = resized[..., top : top + size, left : left + size]
+        pixels = _resize(image, tall, wide)[..., top : top + size, left : left + size]
     else:
-        first = torch.zeros(1, 1, device=image.device)
-        pixels = _resample(
-            image[None].float(),
-            _weights(first, first + width, size, width, wide, left),
-            _weights(first, first + height, size, height, tall, top),
-        )[0]
-    return _normalise(pixels, dtype, mean, std)[0]
+        start = torch.zeros(1, 1, device=image.device)
+        across = _weights(start, start + width, size, width, wide, left)
+        down = _weights(start, start + height, size, height, tall, top)
+        if _is_down_first(height, width, tall, wide):
+            pixels = _resample(image[None].mT, down, across).mT[0, 0]
+        else:
+            pixels = _resample(image[None], across, down)[0, 0]
+    return _normalise(pixels, dtype, mean, std)
 
 
 def _uniform(draw: np.ndarray, low, high) -> np.ndarray:
@@ -335,8 +333,20 @@ def _expand_side(near: Tensor, far: Tensor, factor: float, length: int, boundary
     return near.clamp(0, length), far.clamp(0, length)
 
 
+def _is_down_first(height, width, tall, wide):
+    """Whether PIL resizes (height, width) to (tall, wide) along y before x: numbers or tensors."""
+    return (height > tall) & (height - tall > 2 * (width - wide))
+
+
 def _channels_last(image: Tensor) -> Tensor:
-    return image.contiguous(memory_format=torch.channels_last)
+    return image[None].contiguous(memory_format=torch.channels_last)[0]
+
+
+def _resize(image: Tensor, tall: int, wide: int) -> Tensor:
+    """uint8 (3, h, w) on the CPU to (3, tall, wide); torch always begins with x, hence the transposition."""
+    if _is_down_first(*image.shape[1:], tall, wide):
+        return F.interpolate(_channels_last(image.mT)[None], (wide, tall), mode="bicubic", antialias=True)[0].mT
+    return F.interpolate(_channels_last(image)[None], (tall, wide), mode="bicubic", antialias=True)[0]
 
 
 def _extract_cpu(
@@ -344,7 +354,7 @@ def _extract_cpu(
 ) -> None:
     """Fill `out` (N, 3, S, S); a crop stays in the cache from the resize to its last conversion."""
     height, width = image.shape[-2:]
-    image = _channels_last(image[None])
+    image = _channels_last(image)
     gain, bias = (torch.tensor(values).view(3, 1, 1) for values in _affine(mean, std))
     scratch = torch.empty(3, size, size)
     for (x0, y0, x1, y1), target in zip(box.round().long().tolist(), out):
@@ -352,8 +362,7 @@ def _extract_cpu(
             raise ValueError(
                 f"box {(x0, y0, x1, y1)} is empty or not inside the picture of width {width} and height {height}"
             )
-        crop = _channels_last(image[..., y0:y1, x0:x1])
-        crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+        crop = _resize(image[:, y0:y1, x0:x1], size, size)
         if out.dtype == torch.uint8:
             target.copy_(crop)
         else:
@@ -375,11 +384,11 @@ def _normalise(pixels: Tensor, dtype: torch.dtype, mean: Sequence[float], std: S
 
 
 def _canvas(images: Sequence[Tensor]) -> Tensor:
-    """B pictures in the upper left corners of (B, 3, H, W) float32, H and W the largest."""
+    """B pictures in the upper left corners of uint8 (B, 3, H, W), H and W the largest."""
     if len(images) == 1:
-        return images[0][None].float()
+        return images[0][None]
     height, width = (max(image.shape[i] for image in images) for i in (1, 2))
-    canvas = torch.zeros(len(images), 3, height, width, device=images[0].device)
+    canvas = images[0].new_zeros(len(images), 3, height, width)
     for image, target in zip(images, canvas):
         target[:, : image.shape[1], : image.shape[2]].copy_(image)
     return canvas
@@ -420,7 +429,7 @@ def _resample(image: Tensor, across: Tensor, down: Tensor) -> Tensor:
     """Resize along x, round, clamp, then along y, round, clamp.
 
     Args:
-        image: (B, 3, H, W) float32, whole numbers
+        image: (B, 3, H, W) whole numbers
         across: (B, N, S, W) weights
         down: (B, N, S, H) weights
 
@@ -430,7 +439,7 @@ def _resample(image: Tensor, across: Tensor, down: Tensor) -> Tensor:
     b, _, height, width = image.shape
     n, size = across.shape[1:3]
     with torch.autocast(image.device.type, enabled=False):
-        lines = image.reshape(b, 3 * height, width) @ across.reshape(b, n * size, width).mT
+        lines = image.reshape(b, 3 * height, width).float() @ across.reshape(b, n * size, width).mT
         lines = lines.view(b, 3, height, n, size).permute(0, 3, 2, 1, 4).reshape(b, n, height, 3 * size)
         pixels = down @ lines.round_().clamp_(0, 255)
     return pixels.round_().clamp_(0, 255).view(b, n, size, 3, size).transpose(2, 3)
