@@ -8,6 +8,7 @@ Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013; Peyré and Cuturi, "Computat
 
 from __future__ import annotations
 
+import functools
 import math
 
 import ot
@@ -17,6 +18,7 @@ from torch import Tensor
 # Kernel entries stay above exp(-SAFE), so that products of three of them and of their inverses are ordinary numbers.
 SAFE = {torch.float32: 40.0, torch.float64: 300.0}
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-9}
+FEW = 16  # columns
 NOTHING = -1e30  # the logarithm of no mass: finite, so that gradients stay finite
 
 
@@ -61,7 +63,7 @@ def sinkhorn(
     bound = largest if bound is None else min(bound, largest)
     plain = math.isinf(epsilon) or bound / epsilon <= SAFE[cost.dtype]
     solve = _solve_plain if plain else _solve_log
-    return solve(-cost / epsilon, row, column, max_iter, tolerance)
+    return solve(cost * (-1 / epsilon), row, column, max_iter, tolerance)
 
 
 def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -94,18 +96,25 @@ def _solve_plain(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tole
     """Rounds on the kernel itself."""
     kernel = logit.exp()
     row, column = row[..., None], column[..., None, :]
-    v = column
-    active = None
+    v, active = column, None
     for iteration in range(1, max_iter + 1):
-        u = row / (kernel @ v.mT)  # (..., N, 1)
+        u = row / _times(kernel, v)  # (..., N, 1)
         mass = u.mT @ kernel  # (..., 1, M)
-        step = column / mass
         error = (v * mass - column).detach().abs().sum(-1, keepdim=True)
+        step = column / mass
         v = step if active is None else torch.where(active, step, v)
         active = error >= tolerance if active is None else active & (error >= tolerance)
         if logit.device.type == "cpu" and not active.any():
             break
     return u * kernel * v, iteration
+
+
+def _times(kernel: Tensor, v: Tensor) -> Tensor:
+    """K v as (..., N, 1). On the CPU a few columns are added one by one: many tiny matrix products take longer."""
+    if kernel.device.type != "cpu" or kernel.shape[-1] > FEW:
+        return kernel @ v.mT
+    total, *rest = zip(kernel.split(1, -1), v.split(1, -1))
+    return functools.reduce(lambda out, pair: torch.addcmul(out, *pair), rest, total[0] * total[1])
 
 
 def _solve_log(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
@@ -151,7 +160,7 @@ def _check(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: 
         return math.inf
     for name, mass in (("row", row), ("column", column)):
         _range(name, mass, least=0.0)
-        total = mass.detach().sum(-1).flatten()
+        total = mass.detach().sum(-1).flatten() if mass.numel() else mass.new_ones(1)
         worst = total[(total - 1).abs().argmax()].item()
         if abs(worst - 1) > 1e-4:
             raise ValueError(f"{name} of shape {tuple(mass.shape)} sums to {worst:g}: marginals must sum to 1")
@@ -160,9 +169,11 @@ def _check(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: 
 
 def _range(name: str, value: Tensor, least: float) -> float:
     """The largest value, once all are known to be finite and not below `least`."""
-    low, high = (end.item() for end in value.detach().aminmax()) if value.numel() else (0.0, 0.0)
+    low, high = (value.detach().amin().item(), value.detach().amax().item()) if value.numel() else (0.0, 0.0)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{name} of shape {tuple(value.shape)} holds {low if math.isfinite(high) else high}: give finite values")
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} holds {low if math.isfinite(high) else high}: give finite values"
+        )
     if low < least:
         raise ValueError(f"{name} of shape {tuple(value.shape)} holds {low:g}: no value may be negative")
     return high
