@@ -26,7 +26,6 @@ from torch import Tensor
 from upclose.methods import probe
 from upclose.methods.probe import Network
 
-
 TINY = 1e-12
 
 

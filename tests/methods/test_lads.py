@@ -1,0 +1,110 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upclose.methods import lads, probe
+from upclose.seeds import generator
+
+SEEDS = (3, 1, 7)
+
+
+def world(n=120, d=16, classes=5, dtype=torch.float64):
+    """Unit embeddings around their class's label embedding, and the same classes' texts in another domain."""
+    g = generator(0, "world")
+    label = F.normalize(torch.randn(classes, d, generator=g, dtype=dtype), dim=1)
+    y = torch.arange(n) % classes
+    x = F.normalize(label[y] + 0.7 * torch.randn(n, d, generator=g, dtype=dtype) / math.sqrt(d), dim=1)
+    unseen = F.normalize(label + torch.randn(d, generator=g, dtype=dtype) / math.sqrt(d), dim=1)
+    return x, y, label, unseen
+
+
+def alignment(x, moved, direction):
+    return F.cosine_similarity(moved - x, direction, dim=-1)
+
+
+def test_fit_equals_a_plain_loop_over_seeds_and_images():
+    x, y, label, unseen = world()
+    d, options = 16, dict(epochs=3, batch=50, learning_rate=0.01, weight_decay=0.1)
+    fitted = lads.augment(lads.fit(x, y, label, label, unseen, SEEDS, alpha=0.3, scale=7.0, **options), x)
+    for s, seed in enumerate(SEEDS):
+        start = probe.network([seed], d, d, None, "lads", like=x)
+        layers = torch.nn.Sequential(torch.nn.Linear(d, d // 2), torch.nn.ReLU(), torch.nn.Linear(d // 2, d)).to(x)
+        with torch.no_grad():
+            for parameter, value in zip(layers.parameters(), start):
+                parameter.copy_(value[0].T if parameter.ndim == 2 else value[0, 0])
+        optimiser = torch.optim.AdamW(layers.parameters(), lr=0.01, weight_decay=0.1)
+        order = generator(seed, "order")
+        for _ in range(options["epochs"]):
+            for rows in torch.randperm(len(x), generator=order).split(options["batch"]):
+                loss = 0
+                for i in rows.tolist():
+                    moved = layers(x[i])
+                    moved = moved / moved.norm()
+                    step, wanted = moved - x[i], unseen[y[i]] - label[y[i]]
+                    logits = 7.0 * label @ moved
+                    loss = loss + 0.3 * (1 - step @ wanted / (step.norm() * wanted.norm()))
+                    loss = loss + 0.7 * (logits.exp().sum().log() - logits[y[i]])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        torch.testing.assert_close(fitted[s], F.normalize(layers(x), dim=1).detach(), rtol=0, atol=1e-8)
+
+
+def test_alpha_trades_domain_for_class():
+    x, y, label, unseen = world(dtype=torch.float32)
+    direction = (unseen - label)[y]
+    options = dict(epochs=200, learning_rate=3e-3)
+    moved = {a: lads.augment(lads.fit(x, y, label, label, unseen, SEEDS, alpha=a, **options), x) for a in (0.0, 1.0)}
+    assert alignment(x, moved[1.0], direction).mean() > 0.9
+    assert alignment(x, moved[0.0], direction).mean() < 0.5
+    assert ((moved[0.0] @ label.T).argmax(2) == y).float().mean() > 0.99
+    assert moved[0.0].shape == (3, 120, 16)
+    torch.testing.assert_close(moved[1.0].norm(dim=2), torch.ones(3, 120))
+
+
+def test_seeds_together_equal_seeds_alone_after_ten_steps():
+    x, y, label, unseen = world(100)
+    together = lads.fit(x, y, label, label, unseen, SEEDS, epochs=5, batch=50)
+    for s, seed in enumerate(SEEDS):
+        alone = lads.fit(x, y, label, label, unseen, [seed], epochs=5, batch=50)
+        for a, b in zip(together, alone):
+            torch.testing.assert_close(a[s], b[0], rtol=0, atol=1e-8)
+
+
+def test_one_text_for_all_classes_is_that_text_for_each():
+    x, y, label, unseen = world()
+    one = lads.fit(x, y, label, label[0], unseen[0], [0], epochs=2)
+    each = lads.fit(x, y, label, label[0].expand(5, -1), unseen[0].expand(5, -1), [0], epochs=2)
+    for a, b in zip(one, each):
+        assert torch.equal(a, b)
+
+
+def test_the_moved_embeddings_are_samples_of_the_probe():
+    x, y, label, unseen = world()
+    moved = lads.augment(lads.fit(x, y, label, label, unseen, SEEDS, epochs=1), x)
+    assert probe.fit(x, y, x, y, SEEDS, sample=moved[:, :, None], epochs=1).weight.shape == (3, 16, 5)
+
+
+def spoil(x, index, value):
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y, label, unseen: dict(y=spoil(y, 9, 5)), r"y\[9\] is 5: .* to 4"),
+        (lambda x, y, label, unseen: dict(x=spoil(x, (4, 2), torch.nan)), r"x\[4\] is not finite"),
+        (lambda x, y, label, unseen: dict(text_unseen=2 * unseen), r"text_unseen\[0\] has norm 2"),
+        (lambda x, y, label, unseen: dict(text_unseen=spoil(unseen, 2, label[2])), r"text_train\[2\] equals"),
+        (lambda x, y, label, unseen: dict(alpha=-0.1), "alpha is -0.1"),
+    ],
+)
+def test_errors_name_the_index(change, message):
+    x, y, label, unseen = world(50)
+    given = {"x": x, "y": y, "label": label, "text_train": label, "text_unseen": unseen}
+    with pytest.raises(ValueError, match=message):
+        lads.fit(**{**given, **change(x, y, label, unseen)})

@@ -1,0 +1,168 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upclose.methods import probe
+from upclose.seeds import generator
+
+SEEDS = (3, 1, 7)
+
+
+def world(n=120, d=16, classes=5, dtype=torch.float64, seed=0):
+    """Unit embeddings around one centre a class."""
+    g = generator(seed, "world")
+    centre = torch.randn(classes, d, generator=g, dtype=dtype)
+    y = torch.arange(n) % classes
+    return F.normalize(centre[y] + 1.5 * torch.randn(n, d, generator=g, dtype=dtype), dim=1), y
+
+
+def plain_fit(x, y, x_val, y_val, seed, epochs, batch, learning_rate, weight_decay):
+    """One seed, one layer, one minibatch at a time."""
+    classes = int(max(y.max(), y_val.max())) + 1
+    weight, bias = probe.linear([seed], x.shape[1], classes, "probe", like=x)
+    layer = torch.nn.Linear(x.shape[1], classes, dtype=x.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight[0].T)
+        layer.bias.copy_(bias[0, 0])
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    order, best = generator(seed, "order"), (-1.0,)
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(x), generator=order).split(batch):
+            loss = 0
+            for i in rows.tolist():
+                score = layer(x[i])
+                loss = loss - (score[y[i]] - score.exp().sum().log()) / len(rows)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        right = (layer(x_val).argmax(1) == y_val).double().mean().item()
+        if right > best[0]:
+            best = right, epoch, layer.weight.detach().T.clone(), layer.bias.detach().clone()
+    return best
+
+
+def test_equals_a_plain_loop_over_seeds_and_images():
+    x, y = world()
+    x_val, y_val = world(60, seed=1)
+    options = dict(epochs=4, batch=50, learning_rate=0.05, weight_decay=0.1)
+    fitted = probe.fit(x, y, x_val, y_val, SEEDS, **options)
+    for s, seed in enumerate(SEEDS):
+        right, epoch, weight, bias = plain_fit(x, y, x_val, y_val, seed, **options)
+        assert fitted.epoch[s] == epoch
+        assert fitted.accuracy[s].item() == pytest.approx(right, abs=1e-6)
+        torch.testing.assert_close(fitted.weight[s], weight, rtol=0, atol=1e-8)
+        torch.testing.assert_close(fitted.bias[s, 0], bias, rtol=0, atol=1e-8)
+
+
+def test_seeds_together_equal_seeds_alone_with_samples_of_their_own():
+    x, y = world(100)
+    sample = 0.5 * torch.randn(len(SEEDS), 100, 3, 16, generator=generator(0), dtype=x.dtype)
+    options = dict(epochs=5, batch=200)  # 10 steps over 400 rows
+    together = probe.fit(x, y, x, y, SEEDS, sample=sample, **options)
+    for s, seed in enumerate(SEEDS):
+        alone = probe.fit(x, y, x, y, [seed], sample=sample[s], **options)
+        torch.testing.assert_close(together.weight[s], alone.weight[0], rtol=0, atol=1e-8)
+    assert not torch.allclose(together.weight[0], together.weight[1])
+
+
+def test_final_accuracies_together_and_alone_in_float32():
+    x, y = world(600, dtype=torch.float32)
+    x_test, y_test = world(1000, seed=0, dtype=torch.float32)
+    together = probe.predict(probe.fit(x, y, x[:200], y[:200], SEEDS, epochs=20), x_test)
+    for s, seed in enumerate(SEEDS):
+        alone = probe.predict(probe.fit(x, y, x[:200], y[:200], [seed], epochs=20), x_test)[0]
+        gap = (together[s] == y_test).float().mean() - (alone == y_test).float().mean()
+        assert abs(gap.item()) <= 0.001 + 1e-6
+
+
+def test_the_best_epoch_is_the_one_that_is_returned():
+    x, y = world(60)
+    x_val, y_val = world(40, seed=2)
+    fitted = probe.fit(x, y, x_val, y_val, SEEDS, epochs=15, learning_rate=0.3)
+    right = (probe.predict(fitted, x_val) == y_val).float().mean(1)
+    torch.testing.assert_close(fitted.accuracy, right)
+    for s, seed in enumerate(SEEDS):
+        stopped = probe.fit(x, y, x_val, y_val, [seed], epochs=int(fitted.epoch[s]) + 1, learning_rate=0.3)
+        assert stopped.epoch[0] == fitted.epoch[s]
+        torch.testing.assert_close(stopped.weight[0], fitted.weight[s])
+
+
+def test_hard_targets_are_one_hot_targets():
+    x, y = world(50)
+    sample = world(100, seed=3)[0].view(50, 2, 16)
+    hard = F.one_hot(y, 5).double()[:, None].expand(50, 2, 5)
+    a = probe.fit(x, y, x, y, SEEDS, sample=sample, epochs=3)
+    b = probe.fit(x, y, x, y, SEEDS, sample=sample, target=hard, epochs=3)
+    torch.testing.assert_close(a.weight, b.weight)
+
+
+def test_samples_outweigh_the_originals():
+    x, y = world(50)
+    moved = (y + 1) % 5
+    target = F.one_hot(moved, 5).double()[:, None].expand(50, 20, 5)
+    fitted = probe.fit(x, y, x, moved, [0], sample=x[:, None].expand(50, 20, 16), target=target, epochs=30)
+    assert (probe.predict(fitted, x)[0] == moved).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_class_with_no_or_one_image(images):
+    x, y = world(50)
+    keep = (y != 4) | (torch.arange(50) == 4) if images else y != 4
+    fitted = probe.fit(x[keep], y[keep], x, y, SEEDS, classes=5, epochs=5)
+    assert fitted.weight.shape == (3, 16, 5)
+    assert fitted.weight.isfinite().all()
+
+
+def test_predict_is_the_argmax_of_scores_and_chunks_do_not_matter(monkeypatch):
+    x, y = world(50)
+    fitted = probe.fit(x, y, x, y, SEEDS, epochs=2)
+    whole = torch.stack([(x @ w + b).argmax(1) for w, b in zip(fitted.weight, fitted.bias)])
+    monkeypatch.setattr(probe, "CHUNK", 7)
+    assert torch.equal(probe.predict(fitted, x), whole)
+
+
+def test_extended_accuracy_is_pooled_over_images():
+    y = torch.zeros(10, dtype=torch.int64)
+    prediction = torch.stack([torch.arange(10) >= 8, torch.arange(10) < 4]).long()
+    inside = torch.arange(10) < 4
+    result = probe.accuracy(prediction, y, inside)
+    torch.testing.assert_close(result.in_domain, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(result.out_of_domain, torch.tensor([4 / 6, 1.0]))
+    torch.testing.assert_close(result.extended, torch.tensor([0.8, 0.6]))
+    assert probe.accuracy(prediction[0], y, inside).extended == torch.tensor(0.8)
+
+
+def spoil(x, index, value):
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: dict(y=spoil(y, 7, -1)), r"y\[7\] is -1"),
+        (lambda x, y: dict(y=spoil(y, 9, 5), classes=5), r"y\[9\] is 5: .* to 4"),
+        (lambda x, y: dict(y_val=spoil(y, 2, 6), classes=5), r"y_val\[2\] is 6"),
+        (lambda x, y: dict(x=spoil(x, (4, 2), torch.nan)), r"x\[4\] is not finite"),
+        (lambda x, y: dict(x_val=spoil(x, (5, 0), torch.inf)), r"x_val\[5\] is not finite"),
+        (lambda x, y: dict(x=spoil(x, 6, 2 * x[6])), r"x\[6\] has norm 2, not 1"),
+        (lambda x, y: dict(sample=spoil(x[:, None], (8, 0, 1), torch.nan)), r"sample\[8, 0\] is not finite"),
+        (lambda x, y: dict(sample=x), r"sample is \(50, 16\)"),
+        (lambda x, y: dict(sample=x[:, None], target=y), r"target is \(50,\)"),
+        (lambda x, y: dict(y=y[:3]), r"y is .* for 50 embeddings"),
+        (lambda x, y: dict(y=y.double()), r"y is torch.float64"),
+        (lambda x, y: dict(x=x[:0], y=y[:0]), "for 0 embeddings"),
+        (lambda x, y: dict(seeds=[1, 1]), r"seeds are \[1, 1\]"),
+        (lambda x, y: dict(seeds=[]), "one or more"),
+    ],
+)
+def test_errors_name_the_index(change, message):
+    x, y = world(50)
+    with pytest.raises(ValueError, match=message):
+        probe.fit(**{"x": x, "y": y, "x_val": x, "y_val": y, **change(x, y)})
+
+
+def test_norms_of_half_precision_storage_pass():
+    x, y = world(50, dtype=torch.float32)
+    assert probe.fit(x.half(), y, x.half(), y, [0], epochs=1).weight.dtype == torch.float32
