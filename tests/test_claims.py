@@ -10,10 +10,10 @@ def hits(rate, sets=3, n=500, seed=0):
 
 
 def test_verdicts():
-    assert claims.test("C1", "", hits(0.7), hits(0.5, seed=1)).verdict == "holds"
-    assert claims.test("C1", "", hits(0.5), hits(0.7, seed=1)).verdict == "fails"
-    assert claims.test("C1", "", hits(0.5), hits(0.5, seed=1)).verdict == "undecided"
-    assert claims.test("C1", "", hits(0.7), hits(0.5, seed=1), margin=20).verdict == "undecided"
+    assert claims.check("C1", "", hits(0.7), hits(0.5, seed=1)).verdict == "holds"
+    assert claims.check("C1", "", hits(0.5), hits(0.7, seed=1)).verdict == "fails"
+    assert claims.check("C1", "", hits(0.5), hits(0.5, seed=1)).verdict == "undecided"
+    assert claims.check("C1", "", hits(0.7), hits(0.5, seed=1), margin=20).verdict == "undecided"
 
 
 def test_a_method_against_itself_has_no_difference():
@@ -39,7 +39,7 @@ def test_equal_methods_are_told_apart_in_about_five_per_cent():
     for trial in range(600):
         easy = rng.beta(2, 2, 200)  # images differ in difficulty, shared by both methods
         a, b = (torch.from_numpy(rng.random((5, 200)) < easy) for _ in range(2))
-        wrong += claims.test("", "", a, b, seed=trial).verdict != "undecided"
+        wrong += claims.check("", "", a, b, seed=trial).verdict != "undecided"
     assert 0.03 <= wrong / 600 <= 0.07
 
 
@@ -51,6 +51,6 @@ def test_unpaired_data_is_refused():
 
 
 def test_ledger_says_difference_interval_and_n():
-    frame = claims.ledger([claims.test("C1", "a beats b", hits(0.7), hits(0.5, seed=1))])
+    frame = claims.ledger([claims.check("C1", "a beats b", hits(0.7), hits(0.5, seed=1))])
     assert list(frame.columns) == ["claim", "text", "verdict", "difference", "margin", "n"]
     assert frame.n[0] == "500 images x 3 crop sets"

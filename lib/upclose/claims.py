@@ -37,10 +37,10 @@ class Claim(NamedTuple):
 def interval(better: Tensor, worse: Tensor, resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
     """The difference of two accuracies with a 95 % interval, in points.
 
-    A paired bootstrap: each resample draws the images again, every image with all of its crop sets, for they are nested in
-    it: crops are drawn anew for each image and set, so that images are the independent units. Both methods are always compared
-    on the same images and the same crop sets. An image's mean gap takes few distinct values, and the resamples are drawn as
-    counts of those.
+    A paired bootstrap: each resample draws the images again, every image with all of its crop sets, for they are nested
+    in it: crops are drawn anew for each image and set, so that images are the independent units. Both methods are always
+    compared on the same images and the same crop sets. An image's mean gap takes few distinct values, and the resamples
+    are drawn as counts of those.
 
     Args:
         better: (S, n) or (n,) bool, for each crop set and image whether the first method is right
@@ -71,7 +71,7 @@ def interval(better: Tensor, worse: Tensor, resamples: int = 10_000, seed: int =
     return float(gap.mean()), float(low), float(high)
 
 
-def test(name: str, text: str, better: Tensor, worse: Tensor, margin: float = 0.0, seed: int = 0) -> Claim:
+def check(name: str, text: str, better: Tensor, worse: Tensor, margin: float = 0.0, seed: int = 0) -> Claim:
     """Decide a claim.
 
     It holds when the interval of `better` minus `worse` lies above `margin`, fails when below, else it is undecided.
@@ -103,6 +103,3 @@ def ledger(claims: list[Claim]) -> pd.DataFrame:
             "n": [f"{c.n} images x {c.sets} crop set{'s' * (c.sets > 1)}" for c in claims],
         }
     )
-
-
-test.__test__ = False  # not a test of ours: a name that pytest would collect

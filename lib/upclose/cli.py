@@ -1,0 +1,205 @@
+"""The command line: `upclose run`, `upclose bank`, `upclose doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+EPILOG = """examples
+  upclose run params/birdlets/00_start_here.yaml            one notebook on the embedded world
+  upclose run params/birdlets/*.yaml --workers 2            several, two at a time
+  upclose run params/papers/lgca-table1.yaml --dry-run      what a published table would take here
+  upclose run params/papers/lgca-table1.yaml -p dataset=cub -p device=cuda
+  upclose bank ls                                           encoded features on this machine
+  upclose doctor                                            what this machine can run, and what is missing
+
+A run is written to results/<date>/<run>/: notebook.ipynb, params.yaml, metrics.csv, figures/, run.json (last).
+A run that is complete at any date is not run again; Ctrl-C loses only the notebooks that were running.
+"""
+
+
+def _run(options: argparse.Namespace) -> int:
+    from upclose import params, paths, run
+
+    overrides = dict(params.override(text) for text in options.parameter)
+    jobs = [job for file in options.file for job in params.jobs(file, overrides)]
+    root = options.results or paths.results()
+    plans = run.plan(jobs, root, options.force)
+    if options.dry_run:
+        for item in plans:
+            state = (
+                f"complete: {item.complete}"
+                if item.complete
+                else f"missing: {item.missing}"
+                if item.missing
+                else "would run"
+            )
+            print(f"{item.job.name}-{item.hash}  {state}")
+        print(f"{len(plans)} runs")
+        return 0
+    outcomes = run.execute(plans, root, options.workers, options.ray)
+    print(run.summary(outcomes).to_string(index=False))
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            print(f"{outcome.job.name}: {outcome.error}", file=sys.stderr)
+    pages = {outcome.folder.parent / "index.html" for outcome in outcomes if outcome.status == "done"}
+    for page in sorted(pages):
+        print(f"page: {page}")
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _bank(options: argparse.Namespace) -> int:
+    from upclose import bank
+
+    if options.action == "build":
+        return _build(options)
+    if options.action == "ls":
+        rows = bank.ls(options.root)
+        columns = ["key", "complete", "images", "unreadable", "bytes"]
+        print(pd.DataFrame(rows, columns=columns).to_string(index=False) if rows else "no banks here")
+        return 0
+    if options.action == "verify":
+        damage = bank.verify(options.root, options.key, options.mend)
+        for row in damage:
+            print(f"{row['shard']}: {row['reason']}")
+        print(
+            "sound"
+            if not damage
+            else "mended: the next build encodes these shards again"
+            if options.mend
+            else "damaged; --mend removes these shards"
+        )
+        return int(bool(damage) and not options.mend)
+    print(f"removed {bank.rm(options.root, options.key) / 2**20:.1f} MiB")
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    from upclose import bank, datasets, encode
+    from upclose.features import Plan
+
+    data = datasets.load(options.dataset, options.split)
+    encoder = encode.load(options.backbone, options.pretrained, options.device, options.precision)
+    plan = Plan(
+        options.sampler,
+        options.crops,
+        (options.alpha, options.beta),
+        options.seed,
+        options.factor,
+        options.steps,
+        options.cls,
+    )
+    executor, address = ("ray", options.ray) if options.ray else ("local", "auto")
+    built = bank.build(
+        data,
+        encoder,
+        plan,
+        options.root,
+        executor,
+        options.on_error,
+        options.dtype,
+        progress=True,
+        address=address,
+        gpus=options.gpus,
+    )
+    print(f"{bank.key(data, encoder, plan, options.dtype)}: {len(built)} images, {len(built.errors)} unreadable")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from upclose import doctor
+
+    return doctor.main(tables=options.tables, as_json=options.json)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="upclose",
+        description="CLIP, up close: five papers as notebooks, run in batch.",
+        epilog=EPILOG,
+        formatter_class=formatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="run the notebooks of parameter files", epilog=EPILOG, formatter_class=formatter
+    )
+    run.add_argument("file", nargs="+", type=Path, help="parameter files (YAML)")
+    run.add_argument(
+        "-p",
+        dest="parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a parameter; the value is YAML",
+    )
+    run.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    run.add_argument("--force", action="store_true", help="run again what is complete")
+    run.add_argument("--workers", type=int, default=1, metavar="N", help="notebooks at a time (default 1)")
+    run.add_argument("--ray", metavar="ADDRESS", help="an existing Ray cluster: auto, HOST:PORT, or local to start one")
+    run.add_argument("--results", type=Path, help="results folder (default: UPCLOSE_RESULTS, else results/)")
+    run.set_defaults(function=_run)
+
+    bank = commands.add_parser("bank", help="encode data sets, list, check and remove what is encoded")
+    actions = bank.add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="encode a data set's images and crops")
+    build.add_argument("dataset")
+    build.add_argument("--split", default="test")
+    build.add_argument("--backbone", default="birdlets-tiny")
+    build.add_argument("--pretrained")
+    build.add_argument("--device")
+    build.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    build.add_argument("--sampler", default="square", choices=("square", "area"))
+    build.add_argument("--crops", type=int, default=30)
+    build.add_argument("--alpha", type=float, default=0.5, help="smallest crop side as a share of the short side")
+    build.add_argument("--beta", type=float, default=0.9, help="largest")
+    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--factor", type=float, default=1.0, help="of one expansion of a ladder")
+    build.add_argument("--steps", type=int, default=1, help="levels of the ladder")
+    build.add_argument("--cls", action="store_true", help="keep the [CLS] tokens before projection")
+    build.add_argument("--dtype", default="float16", choices=("float16", "float32"))
+    build.add_argument(
+        "--on-error", default="raise", choices=("raise", "skip"), help="what to do with unreadable pictures"
+    )
+    build.add_argument("--ray", metavar="ADDRESS", help="spread the shards over a Ray cluster")
+    build.add_argument("--gpus", type=float, default=0.0, help="share of a GPU that each Ray actor asks for")
+    ls = actions.add_parser("ls", help="what is encoded")
+    verify = actions.add_parser("verify", help="compare every byte with the checksums")
+    verify.add_argument("key")
+    verify.add_argument(
+        "--mend", action="store_true", help="remove damaged shards, so that a build makes only them again"
+    )
+    rm = actions.add_parser("rm", help="remove a bank")
+    rm.add_argument("key")
+    for action in (build, ls, verify, rm):
+        action.add_argument("--root", help="folder or fsspec URL (default: UPCLOSE_BANK, else the cache)")
+    bank.set_defaults(function=_bank)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and which published tables it could run")
+    doctor.add_argument("--tables", action="store_true", help="each published table: what it needs and what is missing")
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+    doctor.set_defaults(function=_doctor)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; an error that the user can mend is one sentence and exit code 2."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.function(options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"upclose {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
