@@ -1,0 +1,200 @@
+"""Tip-Adapter and Tip-Adapter-F: a few labelled images as a cache of keys that vote for their classes.
+
+Source: Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification", ECCV 2022, section 3.
+
+Legend: f a test embedding, F_train (K, D) the keys, L_train (K, C) their labels one-hot (kept as class numbers here),
+W_c (C, D) the class prompts, A the affinities, alpha the weight of the cache, beta the sharpness of the affinity.
+
+    A      = exp(-beta (1 - f F_train^T))
+    logits = alpha A L_train + f W_c^T
+
+The second line's fusion is a plain sum, `zero + alpha * scores(...)`, with the zero-shot scores in units of cosine. The
+paper writes 100 f W_c^T, so its alpha is 100 times ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from upclose import seeds
+
+CHUNK = 2**24  # affinities held at once: 64 MiB
+
+
+def shots(label: np.ndarray | Tensor, k: int, seed: int = 0) -> Tensor:
+    """Draw a few-shot training set: k images of every class.
+
+    The draws of one seed are nested (2 shots contain the 1 shot) and those of a class do not depend on other classes.
+
+    Args:
+        label: (n,) class of every training image
+        k: images a class; a class with fewer gives all that it has, a class with none gives none
+        seed: of the draw
+
+    Returns:
+        at most k * C indices into `label`, int64, class after class
+
+    Raises:
+        ValueError: k < 1
+
+    Deviates: CoOp draws with Python's `random` once a data set; here each class has a stream of its own.
+    """
+    if k < 1:
+        raise ValueError(f"{k} shots a class: at least 1 is needed (0 shots is the zero-shot method)")
+    label = np.asarray(label)
+    drawn = [seeds.rng(seed, "shots", int(c)).permutation(np.flatnonzero(label == c))[:k] for c in np.unique(label)]
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *drawn]))
+
+
+def affinity(image: Tensor, key: Tensor, beta: float) -> Tensor:
+    """exp(-beta (1 - cos)) of every key (K, D) with every image (B, D): (K, B), transposed so that votes add row by row."""
+    return (key @ image.T).sub_(1).mul_(beta).exp_()
+
+
+def votes(affinity: Tensor, label: Tensor, classes: int) -> Tensor:
+    """A L_train: affinities (K, B) summed over the keys of each class, label (K,) -> (B, C)."""
+    return affinity.new_zeros(classes, affinity.shape[1]).index_add_(0, label, affinity).T
+
+
+def scores(image: Tensor, key: Tensor, label: Tensor, classes: int, beta: float) -> Tensor:
+    """The cache's votes A L_train, to be added to zero-shot scores as `zero + alpha * scores`.
+
+    A class without a key gets 0, the least that a cache can say; a class with fewer keys than others gets fewer votes, as
+    the sum over one-hot values has it. Beside its inputs and result this holds 64 MiB.
+
+    Args:
+        image: (B, D) unit norm, the images to classify (or crops, one a row)
+        key: (K, D) unit norm; K = 0 is allowed and votes for nothing
+        label: (K,) int64, the class of every key
+        classes: C
+        beta: sharpness, >= 0; at 0 every key counts 1
+
+    Returns:
+        (B, C) float32, in [0, keys of the class]
+
+    Raises:
+        ValueError: sizes that do not fit, a label outside 0 .. C-1, a negative beta
+
+    Source: Tip-Adapter, section 3.1.
+    """
+    if len(key) != len(label):
+        raise ValueError(f"{len(key)} keys but {len(label)} labels: give one label a key")
+    if image.shape[1] != key.shape[1]:
+        raise ValueError(f"images of {image.shape[1]} dimensions, keys of {key.shape[1]}: encode both with one model")
+    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        raise ValueError(f"labels {int(label.min())} to {int(label.max())}, but there are {classes} classes")
+    if beta < 0:
+        raise ValueError(f"beta {beta}: a negative one prefers the least similar key; use 0 or more")
+    size = max(1, CHUNK // max(1, len(key)))
+    return torch.cat([votes(affinity(part, key, beta), label, classes) for part in image.split(size)])
+
+
+@torch.enable_grad()
+def finetune(
+    image: Tensor,
+    target: Tensor,
+    zero: Tensor,
+    key: Tensor,
+    label: Tensor,
+    alpha: float,
+    beta: float,
+    epochs: int = 20,
+    learning_rate: float = 1e-3,
+    batch_size: int = 256,
+    seed: int = 0,
+    scale: float = 100.0,
+) -> Tensor:
+    """Tip-Adapter-F: train the keys by cross-entropy on the shots; their labels and both encoders stay frozen.
+
+    Everything here belongs to the training shots. `image` may hold several augmented views of a shot as rows of their own
+    (its crops, say), with `target` and `zero` repeated.
+
+    Args:
+        image: (B, D) unit norm, training images
+        target: (B,) int64, their classes
+        zero: (B, C) their zero-shot scores in units of cosine
+        key: (K, D) keys to start from, left unchanged
+        label: (K,) int64, the classes of the keys
+        alpha: weight of the cache, as in `zero + alpha * cache`
+        beta: sharpness of the affinity
+        epochs: passes over `image`, >= 1
+        learning_rate: of AdamW at the start, cosine to 0 over all steps
+        batch_size: images a step
+        seed: of the order of the images; drawn on the CPU, so the same on every device
+        scale: CLIP's logit scale, which turns cosines into logits for the loss
+
+    Returns:
+        (K, D) trained keys, for `scores` in the place of `key`; no longer of unit norm
+
+    Raises:
+        ValueError: sizes that do not fit, or no training image
+
+    Source: Tip-Adapter, section 3.2.
+    Deviates: the released program draws a new random crop of each shot every epoch; here the embeddings are given, so that
+        a run needs no encoder. AdamW's eps 1e-4 and its weight decay 0.01 are the released program's.
+    """
+    if not len(image) == len(target) == len(zero) or len(image) == 0:
+        raise ValueError(
+            f"{len(image)} images, {len(target)} targets, {len(zero)} zero-shot rows: give as many of each"
+        )
+    if len(key) != len(label):
+        raise ValueError(f"{len(key)} keys but {len(label)} labels: give one label a key")
+    key = key.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([key], lr=learning_rate, eps=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(image) // batch_size))
+    generator = seeds.generator(seed, "tip_adapter.finetune")
+    for _ in range(epochs):
+        for rows in torch.randperm(len(image), generator=generator).to(image.device).split(batch_size):
+            cache = votes(affinity(image[rows], key, beta), label, zero.shape[1])
+            loss = cross_entropy(scale * (zero[rows] + alpha * cache), target[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return key.detach()
+
+
+class Choice(NamedTuple):
+    """Attributes: alpha and beta of the best accuracy, and that accuracy, in 0 .. 1."""
+
+    alpha: float
+    beta: float
+    accuracy: float
+
+
+def search(
+    zero: Tensor, cache: Callable[[float], Tensor], label: Tensor, alphas: Sequence[float], betas: Sequence[float]
+) -> Choice:
+    """Choose alpha and beta on validation images: the pair with the best accuracy of `zero + alpha * cache(beta)`.
+
+    Args:
+        zero: (B, C) zero-shot scores of the validation images
+        cache: beta -> (B, C) cache scores of the same images; called once a beta
+        label: (B,) their classes
+        alphas: weights to try; 0 is the zero-shot method
+        betas: sharpnesses to try
+
+    Returns:
+        the best pair; of equals the first alpha, then the first beta, in the order given
+
+    Raises:
+        ValueError: nothing to try, or no image
+    """
+    if not (len(alphas) and len(betas) and len(label)):
+        raise ValueError(
+            f"{len(alphas)} alphas, {len(betas)} betas, {len(label)} images: at least one of each is needed"
+        )
+    accuracy = torch.tensor(
+        [
+            [float(((zero + alpha * votes).argmax(1) == label).float().mean()) for alpha in alphas]
+            for votes in map(cache, betas)
+        ]
+    )  # (betas, alphas)
+    a, b = divmod(int(accuracy.T.flatten().argmax()), len(betas))
+    return Choice(alphas[a], betas[b], float(accuracy[b, a]))
