@@ -77,7 +77,7 @@ def main() -> None:
 
     print(f"{n.images} images, {n.classes} classes, N={n.crops}, M={n.descriptions}, T={n.steps}, D={n.dim}")
     print(
-        f"{torch.get_num_threads()} threads, best of {n.repeats}; the loop ran {n.sample} classes, scaled to {n.classes}"
+        f"{torch.get_num_threads()} threads, best of {n.repeats}; the loop's {n.sample} classes, scaled to {n.classes}"
     )
     print("measure | baseline | ours | ratio | target")
     print(f"seconds | {min(baseline):.2f} | {min(ours):.2f} | {min(baseline) / min(ours):.1f}x | 20x")

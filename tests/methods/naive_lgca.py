@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 
-def expand(box: Sequence[float], factor: float, height: int, width: int) -> list[float]:
-    """One expansion about the centre by `factor`, moved back inside the image; sides end at the image's."""
+def expand(box: Sequence[float], factor: float, height: int, width: int, boundary: str = "shift") -> list[float]:
+    """One expansion about the centre by `factor`: "shift" moves it back inside, "clip" cuts off what sticks out."""
     x0, y0, x1, y1 = box
-    w, h = min(factor * (x1 - x0), width), min(factor * (y1 - y0), height)
-    left = min(max((x0 + x1) / 2 - w / 2, 0), width - w)
-    top = min(max((y0 + y1) / 2 - h / 2, 0), height - h)
+    w, h = factor * (x1 - x0), factor * (y1 - y0)
+    left, top = (x0 + x1) / 2 - w / 2, (y0 + y1) / 2 - h / 2
+    if boundary == "clip":
+        return [max(left, 0), max(top, 0), min(left + w, width), min(top + h, height)]
+    w, h = min(w, width), min(h, height)
+    left, top = (x0 + x1) / 2 - w / 2, (y0 + y1) / 2 - h / 2
+    left, top = min(max(left, 0), width - w), min(max(top, 0), height - h)
     return [left, top, left + w, top + h]
 
 
