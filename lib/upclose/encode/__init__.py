@@ -270,7 +270,7 @@ def load(
 
     Raises:
         ValueError: a name, tag, precision or device that does not exist; weights trained with QuickGELU for a model
-            without it, or the other way round; a checkpoint that cannot be read or has other shapes
+            without it; a checkpoint that cannot be read or has other shapes
         FileNotFoundError: a checkpoint that is not there
         ConnectionError: weights that cannot be downloaded
     """
@@ -374,7 +374,7 @@ def _batches(pieces: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
         held.append(piece)
         count += len(piece)
         if count >= rows:
-            *full, rest = torch.cat(held).tensor_split(range(rows, count + 1, rows))
+            *full, rest = torch.cat(held).tensor_split(tuple(range(rows, count + 1, rows)))
             yield from full
             held, count = [rest], len(rest)
     if count:

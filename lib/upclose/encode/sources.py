@@ -69,8 +69,13 @@ def _self_described(name: str, pretrained: str | os.PathLike | None) -> Parts | 
             f"{name} does not tell its architecture or activation: name the model, "
             f"load({alike[0] if alike else 'NAME'!r}, pretrained={name!r})"
         )
-    model = build_model_from_openai_state_dict(dict(state)).float()  # it rounds to fp16, therefore once more:
-    model.load_state_dict(state)
+    try:
+        model = build_model_from_openai_state_dict(dict(state), cast_dtype=None).float()
+    except (KeyError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{name} begins like OpenAI's layout but is not whole ({reason(error)}): get it again"
+        ) from error
+    _load_state(model, state, name, name)  # once more, since it was rounded to fp16
     return _parts(model, open_clip.tokenize, {})
 
 
@@ -94,9 +99,7 @@ def _from_open_clip(name: str, pretrained: str | os.PathLike | None) -> Parts:
     elif _is_path(wanted):
         state, openai = _read(_existing(wanted))
         facts = {"quick_gelu": True} if openai else _published(name, wanted)
-    elif facts := open_clip.get_pretrained_cfg(name, wanted):
-        facts = {"quick_gelu": False, **facts}
-    else:
+    elif not (facts := open_clip.get_pretrained_cfg(name, wanted)):
         raise ValueError(_unknown_tag(name, wanted, tags))
     _check_activation(name, wanted, facts)
     file = _download(name, wanted, facts) if wanted and state is None else None
@@ -152,16 +155,12 @@ def _parts(model: nn.Module, tokenize: Callable[[list[str]], Tensor], facts: dic
 
 
 def _check_activation(name: str, pretrained: str | None, facts: dict) -> None:
-    """QuickGELU weights in a model without it (or the reverse) give wrong embeddings without any other sign."""
-    has = bool(open_clip.get_model_config(name).get("quick_gelu", False))
-    trained = bool(facts.get("quick_gelu", has))
-    if trained == has:
-        return
-    other = f"{name}-quickgelu" if trained else name.removesuffix("-quickgelu")
-    how, is_ = ("with", "does without") if trained else ("without", "has")
-    raise ValueError(
-        f"{pretrained!r} was trained {how} QuickGELU, which {name!r} {is_}: load({other!r}, pretrained={pretrained!r})"
-    )
+    """QuickGELU weights in a model without it give wrong embeddings, and nothing else would tell."""
+    if facts.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
+        raise ValueError(
+            f"{pretrained!r} was trained with QuickGELU, which {name!r} does without: "
+            f"load({f'{name}-quickgelu'!r}, pretrained={pretrained!r})"
+        )
 
 
 def _published(name: str, path: str) -> dict:
@@ -169,7 +168,7 @@ def _published(name: str, path: str) -> dict:
     for tag in open_clip.list_pretrained_tags_by_model(name):
         facts = open_clip.get_pretrained_cfg(name, tag)
         if facts.get("url", "").rsplit("/", 1)[-1] == Path(path).name:
-            return {"quick_gelu": False, **facts}
+            return facts
     return {}
 
 
@@ -209,9 +208,8 @@ def _existing(path: str | os.PathLike) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}, nor a folder {path.parent}: correct the path")
     beside = [file.name for file in path.parent.iterdir() if file.name.endswith(_SUFFIXES)]
-    raise FileNotFoundError(
-        f"there is no checkpoint {path}: correct the path ({_nearest(path.name, beside) if beside else 'none is beside it'})"
-    )
+    there = _nearest(path.name, beside) if beside else "none is beside it"
+    raise FileNotFoundError(f"there is no checkpoint {path}: correct the path ({there})")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -246,6 +244,7 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], name: str, path: str
     if hasattr(model, "text"):
         state = convert_to_custom_text_state_dict(state)
     wanted = model.state_dict()
+    state = {key: value for key, value in state.items() if key in wanted or key not in dict(model.named_buffers())}
     if "logit_scale" in state:
         state = {**state, "logit_scale": state["logit_scale"].reshape(wanted["logit_scale"].shape)}
     wrong = [

@@ -1,0 +1,619 @@
+"""The encoder against open_clip's own forward, PIL's pixels and a naive loop; every way in, every error."""
+
+import json
+import warnings
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.coca_model import CoCa
+from open_clip.model import CLIP
+from open_clip.transformer import QuickGELU
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from upclose import crops, encode
+from upclose.encode import sources, tiny
+
+VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3}
+TEXT = {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 1, "layers": 2}
+CONFIG = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
+WORDS = ("a", "photo", "of", "bird", "red", "white")
+
+
+def clip(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = CLIP(**{**CONFIG, **changes}).eval()
+    with torch.no_grad():  # LayerNorms at their initial values would hide a forgotten one
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.add_(0.3 * torch.randn_like(module.weight))
+                module.bias.add_(0.3 * torch.randn_like(module.bias))
+    return model
+
+
+def encoder_of(model, size=32, squash=False, **options):
+    tokenize = tiny.tokenizer(WORDS, 16)
+    return encode.Encoder(
+        sources.Parts(model, tokenize, size, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1), squash), "it", **options
+    )
+
+
+@pytest.fixture
+def encoder():
+    return encoder_of(clip())
+
+
+@pytest.fixture
+def pictures():
+    torch.manual_seed(1)
+    low = [torch.rand(1, 3, 6, 7) for _ in range(4)]
+    sizes = [(60, 80), (90, 50), (64, 64), (45, 100)]
+    return [(255 * F.interpolate(x, s, mode="bilinear")[0]).to(torch.uint8) for x, s in zip(low, sizes)]
+
+
+@pytest.fixture
+def boxes(pictures):
+    return torch.stack([crops.sample_boxes(*x.shape[1:], 5, seed=0, key=str(i)) for i, x in enumerate(pictures)])
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """Two small models in open_clip's registry, "small" and "small-quickgelu", with the tags "gelu" and "quick"."""
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {**open_clip.factory._MODEL_CONFIGS})
+    tags = {
+        "quick": {"hf_hub": "nobody/quick/", "quick_gelu": True},
+        "gelu": {"hf_hub": "nobody/gelu/", "mean": (0, 0, 0)},
+    }
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tags)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-quickgelu", {"quick": tags["quick"]})
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "small.json").write_text(json.dumps(CONFIG))
+    (folder / "small-quickgelu.json").write_text(json.dumps({**CONFIG, "quick_gelu": True}))
+    open_clip.add_model_config(folder)
+    return tmp_path
+
+
+def openai_layout(model):
+    facts = {
+        "input_resolution": torch.tensor(32),
+        "context_length": torch.tensor(16),
+        "vocab_size": torch.tensor(100),
+    }
+    return {**{key: value.clone() for key, value in model.state_dict().items()}, **facts}
+
+
+# the mathematics
+
+
+def test_crops_are_what_a_naive_loop_over_pil_and_open_clip_gives(encoder, pictures, boxes):
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (encoder.mean, encoder.std))
+    for picture, rows, found in zip(pictures, boxes, encoder.encode_crops(pictures, boxes)):
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        for box, feature in zip(rows.tolist(), found):
+            pixels = image.crop(tuple(map(int, box))).resize((32, 32), Image.Resampling.BICUBIC)
+            x = (torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255 - mean) / std
+            with torch.no_grad():
+                wanted = encoder.model.encode_image(x[None], normalize=True)[0]
+            assert wanted @ feature > 1 - 1e-4
+
+
+def test_the_short_ways_equal_open_clip(encoder):
+    x = torch.randn(7, 3, 32, 32)
+    feature, token = encoder.features(x, cls=True)
+    torch.testing.assert_close(feature, encoder.model.encode_image(x, normalize=True), atol=1e-5, rtol=0)
+    torch.testing.assert_close(F.normalize(token @ encoder.visual.proj, dim=-1), feature, atol=1e-5, rtol=0)
+    sentences = ["a photo of a red bird.", "bird", "a very long sentence " * 9]
+    with torch.no_grad():
+        wanted = encoder.model.encode_text(encoder.tokenize(sentences), normalize=True)
+    torch.testing.assert_close(encoder.encode_text(sentences), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ls_init_value": 0.1},
+        {"pool_type": "avg"},
+        {"final_ln_after_pool": True},
+        {"attentional_pool": True},
+        {"qk_norm": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_towers_take_open_clips_way(change):
+    encoder = encoder_of(clip(vision_cfg={**VISION, **change}, quick_gelu=True))
+    x = torch.randn(3, 3, 32, 32)
+    feature, token = encoder.features(x, cls=True)
+    torch.testing.assert_close(feature, encoder.model.encode_image(x, normalize=True), atol=1e-5, rtol=0)
+    assert token.shape == (3, 64)
+    if not change.keys() & {"pool_type", "attentional_pool"}:
+        torch.testing.assert_close(F.normalize(token @ encoder.visual.proj, dim=-1), feature, atol=1e-5, rtol=0)
+
+
+def test_shapes_norms_and_types(encoder, pictures, boxes):
+    feature, token = encoder.encode_crops(pictures, boxes, cls=True)
+    assert feature.shape == (4, 5, 24)
+    assert token.shape == (4, 5, 64)
+    assert feature.dtype == token.dtype == torch.float32
+    torch.testing.assert_close(feature.norm(dim=-1), torch.ones(4, 5))
+    assert (token.norm(dim=-1) - 1).abs().min() > 0.1
+    assert not feature.requires_grad
+    one, ladder = encoder.encode_crops(pictures[0], boxes[0]), boxes[0].expand(3, 5, 4)
+    torch.testing.assert_close(one, feature[0], atol=1e-5, rtol=0)
+    assert encoder.encode_crops(pictures[0], ladder).shape == (3, 5, 24)
+    assert encoder.encode_crops(pictures, boxes[:, None].expand(4, 3, 5, 4)).shape == (4, 3, 5, 24)
+    assert encoder.encode_images(pictures).shape == (4, 24) == encoder.encode_text(["a"] * 4).shape
+    assert encoder.encode_images(pictures, cls=True)[1].shape == (4, 64)
+    assert encoder.dim == 24
+    assert encoder.logit_scale == pytest.approx(1 / 0.07)
+
+
+def test_nothing_in_nothing_out(encoder, pictures):
+    assert encoder.encode_crops(pictures[0], torch.empty(0, 4)).shape == (0, 24)
+    assert encoder.encode_crops(pictures[0], torch.empty(0, 4), cls=True)[1].shape == (0, 64)
+    assert encoder.encode_crops([], torch.empty(0, 3, 4)).shape == (0, 3, 24)
+    assert encoder.encode_images([]).shape == encoder.encode_text([]).shape == (0, 24)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_a_result_does_not_depend_on_its_batch(pictures, boxes, batch_size):
+    whole = encoder_of(clip(), batch_size=100).encode_crops(pictures, boxes)
+    encoder = encoder_of(clip(), batch_size=batch_size)
+    sizes = rows_of(encoder)
+    torch.testing.assert_close(encoder.encode_crops(pictures, boxes), whole, atol=1e-5, rtol=0)
+    assert sizes == [batch_size] * (20 // batch_size) + [20 % batch_size] * (20 % batch_size > 0)
+    order = [2, 0, 3, 1]
+    shuffled = encoder.encode_crops([pictures[i] for i in order], boxes[order])
+    torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=0)
+
+
+def rows_of(encoder):
+    """A list to which the batch size of each later pass through the image tower is added."""
+    sizes = []
+    encoder.visual.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    return sizes
+
+
+def test_equal_boxes_are_encoded_once(encoder, pictures):
+    sizes = rows_of(encoder)
+    box = torch.tensor([[0, 0, 40, 40], [5, 5, 30, 30], [0.2, -0.3, 40.4, 39.8], [5, 5, 30, 30.0]])
+    found = encoder.encode_crops(pictures[0], box)
+    assert sizes == [2]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+    encoder.encode_crops(pictures[:2], box.expand(2, 4, 4))
+    assert sizes == [2, 4]
+
+
+def test_whole_images_are_cropped_or_squashed(encoder, pictures):
+    facts = {"mean": encoder.mean, "std": encoder.std}
+    with torch.no_grad():
+        centre = encoder.features(torch.stack([crops.whole(x, 32, **facts) for x in pictures]))
+        box = [torch.tensor([[0, 0, x.shape[2], x.shape[1]]]) for x in pictures]
+        squashed = encoder.features(torch.cat([crops.extract(x, b, 32, **facts) for x, b in zip(pictures, box)]))
+    torch.testing.assert_close(encoder.encode_images(pictures), centre, atol=1e-5, rtol=0)
+    found = encoder_of(clip(), squash=True).encode_images(pictures)
+    torch.testing.assert_close(found, squashed, atol=1e-5, rtol=0)
+    assert (centre - squashed).abs().max() > 1e-3
+
+
+def test_gradients_reach_the_layer_norms_and_the_pixels(encoder):
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    feature, token = encoder.features(x, cls=True)
+    target = torch.randn_like(feature)
+    (feature * target).sum().backward()
+    found = {name: p.grad.clone() for name, p in encoder.visual.named_parameters()}
+    pixels = x.grad.clone()
+    encoder.visual.zero_grad()
+    x.grad = None
+    (encoder.model.encode_image(x, normalize=True) * target).sum().backward()
+    torch.testing.assert_close(pixels, x.grad, atol=1e-5, rtol=1e-4)
+    for name, p in encoder.visual.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-4, rtol=1e-3)
+    assert token.requires_grad
+
+
+# weights in use
+
+
+def test_the_fingerprint_follows_the_weights(encoder):
+    first = encoder.fingerprint
+    assert first == encoder.fingerprint == encoder_of(clip()).fingerprint != encoder_of(clip(1)).fingerprint
+    assert first != encoder_of(clip(quick_gelu=True)).fingerprint
+    norm = encoder.visual.transformer.resblocks[1].ln_1.weight
+    optimizer = torch.optim.SGD([norm], lr=0.1)
+    encoder.features(torch.randn(2, 3, 32, 32))[:, 0].sum().backward()
+    optimizer.step()
+    adapted = encoder.fingerprint
+    assert adapted != first
+    norm.data.mul_(-1)
+    behind = encoder.fingerprint
+    assert behind not in (first, adapted)
+    encoder.model.load_state_dict(clip().state_dict())
+    assert encoder.fingerprint == first
+
+
+def test_text_is_encoded_once_for_its_weights(encoder):
+    asked = []
+    tokenize = encoder.tokenize
+    encoder.tokenize = lambda sentences: asked.extend(sentences) or tokenize(sentences)
+    first = encoder.encode_text(["a bird", "a nest", "a bird"])
+    assert torch.equal(first[0], first[2])
+    assert torch.equal(encoder.encode_text(["a nest", "an egg"])[0], first[1])
+    assert asked == ["a bird", "a nest", "an egg"]
+    with torch.no_grad():
+        encoder.visual.ln_post.weight.mul_(2)
+    encoder.encode_text(["a bird"])
+    assert len(asked) == 3
+    with torch.no_grad():
+        encoder.model.ln_final.weight[0] += 1
+    assert not torch.allclose(encoder.encode_text(["a bird"]), first[:1])
+    assert asked[3:] == ["a bird"]
+
+
+def test_embed_text_is_the_mean_of_templates_and_the_rows_of_descriptions(encoder):
+    label = [["a photo of a gull.", "a sketch of a gull."], "a tern."]
+    description = [["white", "a long bill", "grey"], ["black cap"]]
+    text = encode.embed_text(encoder, label, description)
+    rows = encoder.encode_text(label[0])
+    torch.testing.assert_close(text.label[0], F.normalize(rows[0] + rows[1], dim=0))
+    torch.testing.assert_close(text.label[1], encoder.encode_text(["a tern."])[0])
+    torch.testing.assert_close(text.description, encoder.encode_text(description[0] + description[1]))
+    assert text.owner.tolist() == [0, 0, 0, 1]
+
+
+def test_embed_text_names_the_class_before_it_encodes(encoder):
+    encoder.tokenize = None
+    with pytest.raises(ValueError, match=r"'tern' \(class 1\) has no description"):
+        encode.embed_text(encoder, ["a", "b"], [["x"], []], ["gull", "tern"])
+    with pytest.raises(ValueError, match="class 'gull' has no prompt"):
+        encode.embed_text(encoder, [[], "b"], [["x"], ["y"]], ["gull", "tern"])
+    with pytest.raises(ValueError, match="class 1 has the text 'yellow'"):
+        encode.embed_text(encoder, ["a", "b"], [["x"], "yellow"])
+    with pytest.raises(ValueError, match="2 class prompts but descriptions for 1"):
+        encode.embed_text(encoder, ["a", "b"], [["x"]])
+
+
+# devices
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(encoder, pictures, boxes):
+    wanted = encoder.encode_crops(pictures, boxes)
+    sizes = []
+
+    def small_device(module, args):
+        sizes.append(len(args[0]))
+        if len(args[0]) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    encoder.visual.register_forward_pre_hook(small_device)
+    torch.testing.assert_close(encoder.encode_crops(pictures, boxes), wanted, atol=1e-5, rtol=0)
+    assert sizes == [20, 10, 5, 5, 5, 5]
+    encoder.encode_crops(pictures, boxes)
+    assert sizes[6:] == [5, 5, 5, 5]
+    assert encoder.batch_size == 64
+
+
+def test_a_device_too_small_for_one_picture_says_so(encoder, pictures):
+    def full(module, args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    encoder.visual.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError, match="'it' does not fit cpu with one picture in fp32: take a smaller"):
+        encoder.encode_images(pictures)
+
+
+def test_no_tensor_is_left_on_another_device(monkeypatch):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = CLIP(**CONFIG)
+        monkeypatch.setattr(model, "to", lambda device: model)  # fake parameters are there already and cannot be moved
+        encoder = encoder_of(model, device="cuda")
+        feature, token = encoder.features(torch.empty(5, 3, 32, 32, device="cuda"), cls=True)
+        assert feature.device.type == token.device.type == "cuda"
+        assert feature.dtype == token.dtype == torch.float32
+        assert feature.shape == (5, 24)
+        part = crops.extract(torch.empty(3, 40, 50, dtype=torch.uint8), torch.empty(5, 4), 32)
+        found, _ = encoder._encode([part, part], cls=False)
+        assert found.device.type == "cuda"
+        assert found.shape == (10, 24)
+
+
+def test_bf16_is_close_and_says_when_it_is_slow(registry, pictures):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        half = encode.load("small", precision="bf16", device="cpu")
+    assert any("no bf16 instructions" in str(w.message) for w in caught) == (not encode.bf16_on_cpu())
+    with pytest.warns(UserWarning, match="random weights"):
+        full = encode.load("small", device="cpu")
+    assert (half.encode_images(pictures) * full.encode_images(pictures)).sum(-1).min() > 0.999
+    assert half.encode_images(pictures).dtype == torch.float32
+    assert half.fingerprint == full.fingerprint
+    assert half.precision != full.precision
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp16", "device": "cpu"}, "'fp16' is for GPUs"),
+        ({"precision": "fp64"}, "unknown precision 'fp64'"),
+        ({"device": "abacus"}, "'abacus' cannot be used"),
+        ({"device": "cuda:99"}, "'cuda:99' cannot be used"),
+    ],
+)
+def test_wrong_precision_or_device(options, message):
+    with pytest.raises(ValueError, match=message):
+        encode.load("birdlets-tiny", **options)
+
+
+def test_to_keeps_weights_and_batch_size(encoder, pictures):
+    other = encoder_of(clip(), batch_size=7).to("cpu")
+    assert other.batch_size == 7
+    assert other.fingerprint == encoder.fingerprint
+
+
+def test_it_travels_to_another_process(encoder, pictures):
+    cloudpickle = pytest.importorskip("cloudpickle")
+    other = cloudpickle.loads(cloudpickle.dumps(encoder))
+    assert other.fingerprint == encoder.fingerprint
+    assert torch.equal(other.encode_images(pictures), encoder.encode_images(pictures))
+
+
+@pytest.mark.slow
+def test_compiled_gives_the_same(pictures, boxes):
+    wanted = encoder_of(clip()).encode_crops(pictures, boxes)
+    found = encoder_of(clip(), compile=True, batch_size=8).encode_crops(pictures, boxes)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+# ways in
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("layout", ["pt", "module", "wrapped", "script", "safetensors"])
+def test_checkpoints_load_into_the_right_architecture_and_activation(registry, pictures, layout):
+    source = clip(quick_gelu=True)
+    path = registry / ("x.safetensors" if layout == "safetensors" else "x.pt")
+    if layout == "safetensors":
+        save_file(source.state_dict(), path)
+    elif layout == "script":
+        for name, value in openai_layout(source).items():
+            if name in ("input_resolution", "context_length", "vocab_size"):
+                if hasattr(source, name):
+                    delattr(source, name)
+                source.register_buffer(name, value)
+        mask = source.attn_mask
+        del source.attn_mask
+        source.attn_mask = mask  # a constant of the archive, as in the published ones
+        image, text = torch.zeros(1, 3, 32, 32), torch.zeros(1, 16, dtype=torch.long)
+        torch.jit.trace_module(source, {"encode_image": image, "encode_text": text}, check_trace=False).save(path)
+    else:
+        state = openai_layout(source)
+        if layout == "module":
+            state = {f"module.{key}": value for key, value in state.items()}
+        torch.save({"epoch": 3, "state_dict": state} if layout == "wrapped" else state, path)
+    encoder = encode.load("small-quickgelu", pretrained=path, device="cpu")
+    assert any(isinstance(module, QuickGELU) for module in encoder.model.modules())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encoder.features(x), source.encode_image(x, normalize=True), atol=1e-5, rtol=0)
+    if layout == "safetensors":
+        return
+    with pytest.raises(ValueError, match=r"with QuickGELU, which 'small' does without: load\('small-quickgelu', pret"):
+        encode.load("small", pretrained=path, device="cpu")
+    alone = encode.load(str(path), device="cpu")
+    assert alone.fingerprint == encoder.fingerprint
+    assert alone.image_size == 32
+
+
+def test_a_gelu_checkpoint_loads_with_gelu(registry):
+    save_file(clip().state_dict(), registry / "x.safetensors")
+    encoder = encode.load("small", pretrained=registry / "x.safetensors", device="cpu")
+    assert not any(isinstance(module, QuickGELU) for module in encoder.model.modules())
+    assert encoder.fingerprint == encoder_of(clip()).fingerprint
+    assert encoder.mean == open_clip.OPENAI_DATASET_MEAN
+
+
+def test_half_precision_checkpoints_become_float32(registry):
+    path = registry / "x.pt"
+    torch.save({key: value.half() for key, value in clip().state_dict().items()}, path)
+    encoder = encode.load("small", pretrained=path, device="cpu")
+    assert {p.dtype for p in encoder.model.parameters()} == {torch.float32}
+
+
+def test_a_tag_brings_its_preprocessing_and_weights(registry, monkeypatch):
+    save_file(clip(3).state_dict(), registry / "x.safetensors")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda facts: str(registry / "x.safetensors"))
+    encoder = encode.load("small", "gelu", device="cpu")
+    assert encoder.mean == (0, 0, 0)
+    assert encoder.fingerprint == encoder_of(clip(3)).fingerprint
+
+
+def test_birdlets_checkpoints(tmp_path, pictures):
+    config = {"embed_dim": 16, "vision_cfg": {**VISION, "head_width": 32}, "text_cfg": {**TEXT, "heads": 2}}
+    model = tiny.build(config, WORDS, seed=5)
+    tiny.save(tmp_path, "mine", model, config, WORDS)
+    encoder = encode.load(str(tmp_path / "mine.safetensors"), device="cpu")
+    again = encode.load("birdlets-tiny", pretrained=tmp_path / "mine.safetensors", device="cpu")
+    assert encoder.fingerprint == again.fingerprint
+    assert encoder.dim == 16
+    assert encoder.image_size == 32
+    with torch.no_grad():
+        wanted = encoder.model.encode_text(encoder.tokenize(["a red bird"]), normalize=True)
+    torch.testing.assert_close(encoder.encode_text(["a red bird"]), wanted, atol=1e-5, rtol=0)
+
+
+def test_random_weights_are_announced_and_the_same_everywhere(registry):
+    with pytest.warns(UserWarning, match="'small' without pretrained has random weights; tags: quick, gelu"):
+        first = encode.load("small", device="cpu")
+    before = torch.random.get_rng_state()
+    with pytest.warns(UserWarning, match="random weights"):
+        assert encode.load("small", device="cpu").fingerprint == first.fingerprint
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_resnets_and_coca(pictures):
+    resnet = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    encoder = encoder_of(clip(vision_cfg=resnet), size=64)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(encoder.features(x), encoder.model.encode_image(x, normalize=True), atol=1e-5, rtol=0)
+    for call in (lambda: encoder.features(x, cls=True), lambda: encoder.encode_images(pictures, cls=True)):
+        with pytest.raises(ValueError, match=r"the image tower of 'it' \(ModifiedResNet\) has no \[CLS\] token"):
+            call()
+    torch.manual_seed(0)
+    coca = CoCa(
+        embed_dim=64,
+        multimodal_cfg={
+            "context_length": 16,
+            "vocab_size": 100,
+            "width": 64,
+            "heads": 1,
+            "layers": 1,
+            "dim_head": 64,
+        },
+        text_cfg={**TEXT, "embed_cls": True, "output_tokens": True, "context_length": 16},
+        vision_cfg={**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    )
+    encoder = encoder_of(coca)
+    x = torch.randn(2, 3, 32, 32)
+    feature, token = encoder.features(x, cls=True)
+    torch.testing.assert_close(feature, coca.encode_image(x), atol=1e-5, rtol=0)
+    assert token.shape == (2, 64)
+    assert encoder.encode_text(["a bird"]).shape == (1, 64)
+
+
+# errors, each before work
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: pytest.fail("a model was built"))
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-33", None, "unknown model 'ViT-B-33': nearest: ViT-B-32"),
+        ("birdlet-tiny", None, "unknown model 'birdlet-tiny': nearest: birdlets-tiny"),
+        ("vit-b-32", "openai", "unknown model 'vit-b-32': nearest: ViT-B-32"),
+        ("ViT-B-32-quickgelu", "openia", "no weights 'openia': nearest: openai"),
+        (
+            "ViT-B-32",
+            "openai",
+            r"'openai' was trained with QuickGELU.*load\('ViT-B-32-quickgelu', pretrained='openai'\)",
+        ),
+        ("ViT-B/32", "openai", r"load\('ViT-B-32-quickgelu', pretrained='openai'\)"),
+        ("ViT-B-32", "metaclip_400m", r"load\('ViT-B-32-quickgelu', pretrained='metaclip_400m'\)"),
+        ("RN50", "openai", r"load\('RN50-quickgelu', pretrained='openai'\)"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", r"but 'ViT-B-32' has: load\('ViT-B-32', "),
+        ("ViT-e-14", "openai", "no published weights"),
+        ("hf-hub:someone/model", "openai", "has its own weights: leave pretrained='openai' out"),
+    ],
+)
+def test_wrong_names_and_tags(name, pretrained, message):
+    with pytest.raises(ValueError, match=message) as error:
+        encode.load(name, pretrained, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_the_model_to_use_instead_always_exists():
+    for name, tag in open_clip.list_pretrained():
+        facts = open_clip.get_pretrained_cfg(name, tag)
+        try:
+            sources._check_activation(name, tag, facts)
+        except ValueError as error:
+            other = str(error).split("load('")[1].split("'")[0]
+            assert tag in open_clip.list_pretrained_tags_by_model(other), (name, tag, other)
+            sources._check_activation(other, tag, facts)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_download_that_is_not_possible(monkeypatch):
+    def offline(facts):
+        raise OSError("Name or service not known\nmore")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    with pytest.raises(
+        ConnectionError, match=r"'openai' of 'ViT-B-32-quickgelu' .* \(Name or service not known\): fetch"
+    ):
+        encode.load("ViT-B-32-quickgelu", "openai", device="cpu")
+
+
+@pytest.mark.usefixtures("no_work")
+def test_files_that_are_not_there(tmp_path):
+    (tmp_path / "vit_b_32.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"vit_b_23.pt: correct the path \(nearest: vit_b_32.pt\)"):
+        encode.load("ViT-B-32", tmp_path / "vit_b_23.pt", device="cpu")
+    with pytest.raises(FileNotFoundError, match="nor a folder"):
+        encode.load("ViT-B-32", tmp_path / "none" / "x.pt", device="cpu")
+    with pytest.raises(FileNotFoundError, match="is a folder: give the checkpoint file in it"):
+        encode.load("ViT-B-32", str(tmp_path), device="cpu")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        encode.load(str(tmp_path / "x.safetensors"), device="cpu")
+
+
+class Arbitrary:
+    pass
+
+
+@pytest.mark.usefixtures("no_work")
+def test_files_that_are_no_checkpoints(tmp_path):
+    whole = clip().state_dict()
+    torch.save(whole, tmp_path / "x.pt")
+    save_file(whole, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        for size in (0, 5, len(content) // 2, len(content) - 9):
+            (tmp_path / name).write_bytes(content[:size])
+            with pytest.raises(ValueError, match=rf"{name} \({size:,} bytes\) cannot be read as weights .*cut short"):
+                encode.load("ViT-B-32", tmp_path / name, device="cpu")
+    torch.save({"model": Arbitrary()}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"cannot be read as weights .*something else than tensors"):
+        encode.load("ViT-B-32", tmp_path / "x.pt", device="cpu")
+    torch.save({"input_resolution": torch.tensor(32), "text_projection": torch.zeros(4, 4)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="begins like OpenAI's layout but is not whole"):
+        encode.load(str(tmp_path / "x.pt"), device="cpu")
+    torch.save([1, 2], tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        encode.load("ViT-B-32", tmp_path / "x.pt", device="cpu")
+
+
+def test_a_checkpoint_of_another_shape_names_the_model_that_has_it(registry):
+    wide = clip(vision_cfg={**VISION, "width": 128})
+    save_file(wide.state_dict(), registry / "x.safetensors")
+    with pytest.raises(
+        ValueError, match=r"does not fit 'small' \(visual.*\(128,\) and not \(64,\).* and \d+ more\): name"
+    ):
+        encode.load("small", registry / "x.safetensors", device="cpu")
+    save_file(clip().state_dict(), registry / "x.safetensors")
+    (registry / "configs" / "wide.json").write_text(json.dumps({**CONFIG, "vision_cfg": {**VISION, "width": 128}}))
+    open_clip.add_model_config(registry / "configs" / "wide.json")
+    with pytest.raises(ValueError, match="its shapes are those of small, small-quickgelu"):
+        encode.load("wide", registry / "x.safetensors", device="cpu")
+    with pytest.raises(ValueError, match=r"does not tell its architecture .*load\('small', pretrained="):
+        encode.load(str(registry / "x.safetensors"), device="cpu")
+
+
+def test_pictures_and_boxes_that_do_not_fit(encoder, pictures, boxes):
+    sizes = rows_of(encoder)
+    with pytest.raises(ValueError, match="4 pictures but boxes for 3"):
+        encoder.encode_crops(pictures, boxes[:3])
+    with pytest.raises(ValueError, match=r"torch.float32 \(3, 60, 80\): it must be uint8"):
+        encoder.encode_crops(pictures[0].float(), boxes[0])
+    with pytest.raises(ValueError, match=r"uint8 \(1, 60, 80\): it must be uint8 \(3, H, W\)"):
+        encoder.encode_images([pictures[0], pictures[0][:1]])
+    with pytest.raises(ValueError, match=r"boxes have shape \(4,\)"):
+        encoder.encode_crops(pictures[0], boxes[0, 0])
+    with pytest.raises(
+        ValueError, match=r"box \(.*99.0.*\) is empty or not inside the picture of width 80 and height 60"
+    ):
+        encoder.encode_crops(pictures[0], torch.tensor([[0, 0, 9, 9], [0, 0, 99, 9.0]]))
+    with pytest.raises(TypeError, match=r"list of sentences: give \['a bird'\]"):
+        encoder.encode_text("a bird")
+    assert not sizes
