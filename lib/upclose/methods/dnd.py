@@ -2,9 +2,9 @@
 
 Source: "Helping CLIP See Both the Forest and the Trees: A Decomposition and Description Approach", arXiv 2507.03458.
 
-Legend: an image is M random crops v_j, a class is N descriptions i_k (our Views and Text count them N and M, as the other
-methods of this package do, and so do the shapes below: N crops, M descriptions). c_jk = 1 - cos(v_j, i_k) is the cost,
-T the transport plan, h the crop that a description selects.
+Legend: an image is M random crops v_j, a class is N descriptions i_k (our Views and Text count them N and M, as the
+other methods of this package do, and so do the shapes below: N crops, M descriptions). c_jk = 1 - cos(v_j, i_k) is
+the cost, T the transport plan, h the crop that a description selects.
 
     EMD(image, class) = min_T sum_jk T_jk c_jk,   sum_k T_jk = 1/N,   sum_j T_jk = 1/M,   T >= 0        (4)
     key of (image, description i_k) = v_h,   h = argmax_j cos(v_j, i_k)                       (section 4.2)
@@ -56,10 +56,10 @@ def scores(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000
     Args:
         views: crop (B, N, D); the paper takes N = 9 of 10-75 % scale
         text: description (L, D); the paper takes 9 a class
-        epsilon: entropic regularisation in units of the cost 1 - cos. CLIP's cosines span about 0.1, so at 0.1 the plan is
-            nearly uniform and D&D nearly the unweighted mean; as epsilon falls it nears the exact distance
-        max_iter: rounds of Sinkhorn at most. At epsilon 0.01 most pairs are done in 100, where the scores of the slowest
-            are still wrong by about 1e-4; 1000 take three times as long and leave 1e-5
+        epsilon: entropic regularisation in units of the cost 1 - cos. CLIP's cosines span about 0.1, so at 0.1 the
+            plan is nearly uniform and D&D nearly the unweighted mean; as epsilon falls it nears the exact distance
+        max_iter: rounds of Sinkhorn at most. At epsilon 0.01 most pairs are done in 100, where the scores of the
+            slowest are still wrong by about 1e-4; 1000 take three times as long and leave 1e-5
         exact: the exact distance by linear programming (epsilon and max_iter are then not used); slow, on the CPU
 
     Returns:
@@ -69,7 +69,8 @@ def scores(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000
         ValueError: no crop, a class without a description, epsilon <= 0
 
     Source: D&D, eq. 4.
-    Deviates: the digest gives neither epsilon nor a stopping rule; 0.01 resolves differences of cosine that matter to CLIP.
+    Deviates: the digest gives neither epsilon nor a stopping rule; 0.01 resolves differences of cosine that matter to
+        CLIP.
     """
     parts = _transport(views, text, epsilon, max_iter, exact)
     return -torch.cat([(plan * cost).sum((-2, -1)) for cost, plan in parts])
@@ -79,8 +80,8 @@ def plans(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000,
     """The transport plans T behind `scores`, whose arguments and errors these are.
 
     Returns:
-        (B, C, N, M) float32: the mass that moves between crop n and the class's m-th description; M is that of the class
-        with most, padded with 0
+        (B, C, N, M) float32: the mass that moves between crop n and the class's m-th description; M is that of the
+        class with most, padded with 0
     """
     return torch.cat([plan for _, plan in _transport(views, text, epsilon, max_iter, exact)])
 
@@ -91,15 +92,14 @@ def max_scores(views: Views, text: Text) -> Tensor:
     Args, Returns, Raises: as `scores`, which this bounds from above.
     """
     _, mask = text.padded()
-    return -torch.cat(
-        [(cost.amin(2) * mask).sum(-1) / mask.sum(-1) for cost in _costs(views, text)]  # (b, C, M) summed over m
-    )
+    return -torch.cat([(cost.amin(2) * mask).sum(-1) / mask.sum(-1) for cost in _costs(views, text)])
 
 
 def assignment_scores(views: Views, text: Text) -> Tensor:
-    """The ablation with one crop a description and one description a crop (Hungarian), minus the mean cost of the pairs.
+    """The ablation that pairs crops and descriptions one to one (Hungarian): minus the mean cost of the pairs.
 
-    min(N, M) pairs are matched and what is left over is ignored; with N = M this is the exact distance. A loop on the CPU.
+    min(N, M) pairs are matched and what is left over is ignored; with N = M this is the exact distance. A loop, on
+    the CPU.
 
     Args, Returns, Raises: as `scores`.
     """
@@ -130,8 +130,8 @@ def local_cache(views: Views, label: Tensor, text: Text) -> Cache:
         text: all C classes
 
     Returns:
-        K = sum over images of the number of descriptions of their class. A class without an image has no key; of equally
-        similar crops the first is taken
+        K = sum over images of the number of descriptions of their class. A class without an image has no key; of
+        equally similar crops the first is taken
 
     Raises:
         ValueError: sizes that do not fit, a label outside the classes of `text`, no crop, a class without a description
@@ -157,7 +157,7 @@ def local_cache(views: Views, label: Tensor, text: Text) -> Cache:
 
 
 def cache_scores(views: Views, cache: Cache, classes: int, beta: float) -> Tensor:
-    """The local-aware cache's votes for test images, to be added as `scores(...) + alpha * cache_scores(...)`.
+    """The votes of the local-aware cache for test images; `zero + alpha * votes` adds them to zero-shot scores.
 
     How test crops are aggregated: each crop meets the whole cache as Tip-Adapter's image does, and an image's votes are
     the mean of its crops' votes, (1/N) sum_n sum_k exp(-beta (1 - cos(crop_n, key_k))) [label_k = c]. So with one crop
@@ -200,12 +200,13 @@ def stream(
 ) -> Tensor:
     """Test-time adaptation: classify a stream of images, remembering the most certain ones of each predicted class.
 
-    Image after image: its zero-shot prediction is its pseudo-label; it joins that class's queue while there is room, or in
-    the place of the queue's least certain image when its own entropy is lower; then it is scored with the queues as they
-    now stand, `zero + alpha * cache_scores` of a local-aware cache of the queued images. Nothing is trained and no label is
-    taken. The queues depend on zero-shot scores alone, so who is in at which step is settled first, in order, and the votes
-    are batched: the result for an image depends on the order before it and not on `batch_size` or on later images. Beside
-    the inputs and `scores` this holds about 8 * batch_size * N * C * capacity * M bytes.
+    Image after image: its zero-shot prediction is its pseudo-label; it joins that class's queue while there is room,
+    or in the place of the queue's least certain image when its own entropy is lower; then it is scored with the
+    queues as they now stand, `zero + alpha * cache_scores` of a local-aware cache of the queued images. Nothing is
+    trained and no label is taken. The queues depend on zero-shot scores alone, so who is in at which step is settled
+    first, in order, and the votes are batched: the result for an image depends on the order before it and not on
+    `batch_size` or on later images. Beside the inputs and `scores` this holds about 8 * batch_size * N * C * capacity
+    * M bytes.
 
     Args:
         views: crop (B, N, D) in stream order
@@ -214,8 +215,8 @@ def stream(
         alpha: weight of the cache against scores in units of cosine. TDA's 2 against 100 cos with one key an image is
             0.02 here, shared between 9 keys an image
         beta: sharpness of the affinity
-        zero: (B, C) zero-shot scores in stream order; None is `scores(views, text)`. Give them to try many orders, alphas
-            or betas, or to start from another method
+        zero: (B, C) zero-shot scores in stream order; None is `scores(views, text)`. Give them to try many orders,
+            alphas or betas, or to start from another method
         scale: multiplies `zero` before the softmax whose entropy is the certainty: CLIP's logit scale
         batch_size: images voted on at once
 
@@ -225,8 +226,8 @@ def stream(
     Raises:
         ValueError: capacity < 1, or `zero` of another shape
 
-    Source: D&D's test-time setting; Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models" (TDA), the
-        positive cache. As in TDA an image joins before it is scored, so its own keys vote too.
+    Source: D&D's test-time setting; Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models"
+        (TDA), the positive cache. As in TDA an image joins before it is scored, so its own keys vote too.
     Deviates: no negative cache, and the entropy is that of one prediction, not of an average over augmented views: the
         digest mentions neither. An equal entropy does not push an older image out.
     """
@@ -277,7 +278,7 @@ def _check(views: Views, text: Text) -> None:
 
 
 def _costs(views: Views, text: Text) -> Iterator[Tensor]:
-    """1 - cos of crops and descriptions, (b, C, N, M), a chunk of images at a time; padding repeats a first description."""
+    """1 - cos, (b, C, N, M), a chunk of images at a time; padding repeats the class's first description."""
     _check(views, text)
     rows, mask = text.padded()
     rows = rows.where(mask[..., None], rows[:, :1])
@@ -289,7 +290,7 @@ def _costs(views: Views, text: Text) -> Iterator[Tensor]:
 def _transport(views: Views, text: Text, epsilon: float, max_iter: int, exact: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Eq. 4's cost and plan, both (b, C, N, M), a chunk of images at a time. Padded descriptions have no mass."""
     _, mask = text.padded()
-    row = views.crop.new_full(views.crop.shape[1:2], 1 / views.crop.shape[1])  # (N,)
+    row = views.crop.new_ones(views.crop.shape[1]) / views.crop.shape[1]  # (N,)
     column = mask / mask.sum(1, keepdim=True)  # (C, M)
     for cost in _costs(views, text):
         if exact:

@@ -53,7 +53,7 @@ def shots(label: np.ndarray | Tensor, k: int, seed: int = 0) -> Tensor:
 
 
 def affinity(image: Tensor, key: Tensor, beta: float) -> Tensor:
-    """exp(-beta (1 - cos)) of every key (K, D) with every image (B, D): (K, B), transposed so that votes add row by row."""
+    """exp(-beta (1 - cos)) of keys (K, D) with images (B, D): A^T, (K, B), so that votes add whole rows."""
     return (key @ image.T).sub_(1).mul_(beta).exp_()
 
 
@@ -65,8 +65,8 @@ def votes(affinity: Tensor, label: Tensor, classes: int) -> Tensor:
 def scores(image: Tensor, key: Tensor, label: Tensor, classes: int, beta: float) -> Tensor:
     """The cache's votes A L_train, to be added to zero-shot scores as `zero + alpha * scores`.
 
-    A class without a key gets 0, the least that a cache can say; a class with fewer keys than others gets fewer votes, as
-    the sum over one-hot values has it. Beside its inputs and result this holds 64 MiB.
+    A class without a key gets 0, the least that a cache can say; a class with fewer keys than others gets fewer
+    votes, as the sum over one-hot values has it. Beside its inputs and result this holds 64 MiB.
 
     Args:
         image: (B, D) unit norm, the images to classify (or crops, one a row)
@@ -112,8 +112,8 @@ def finetune(
 ) -> Tensor:
     """Tip-Adapter-F: train the keys by cross-entropy on the shots; their labels and both encoders stay frozen.
 
-    Everything here belongs to the training shots. `image` may hold several augmented views of a shot as rows of their own
-    (its crops, say), with `target` and `zero` repeated.
+    Everything here belongs to the training shots. `image` may hold several augmented views of a shot as rows of their
+    own (its crops, say), with `target` and `zero` repeated.
 
     Args:
         image: (B, D) unit norm, training images
@@ -136,8 +136,8 @@ def finetune(
         ValueError: sizes that do not fit, or no training image
 
     Source: Tip-Adapter, section 3.2.
-    Deviates: the released program draws a new random crop of each shot every epoch; here the embeddings are given, so that
-        a run needs no encoder. AdamW's eps 1e-4 and its weight decay 0.01 are the released program's.
+    Deviates: the released program draws a new random crop of each shot every epoch; here the embeddings are given, so
+        that a run needs no encoder. AdamW's eps 1e-4 and its weight decay 0.01 are the released program's.
     """
     if not len(image) == len(target) == len(zero) or len(image) == 0:
         raise ValueError(
@@ -192,8 +192,8 @@ def search(
         )
     accuracy = torch.tensor(
         [
-            [float(((zero + alpha * votes).argmax(1) == label).float().mean()) for alpha in alphas]
-            for votes in map(cache, betas)
+            [float(((zero + alpha * cached).argmax(1) == label).float().mean()) for alpha in alphas]
+            for cached in map(cache, betas)
         ]
     )  # (betas, alphas)
     a, b = divmod(int(accuracy.T.flatten().argmax()), len(betas))
