@@ -60,7 +60,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "full": Recipe(pictures=60_000, steps=2800),
+    "full": Recipe(pictures=60_000, steps=2600),
     "mini": Recipe(pictures=5_000, steps=180, warmup=30, measure=360),
 }
 
@@ -112,10 +112,30 @@ def _draw_block(folder: Path, seed: int, start: int, stop: int, whole: bool) -> 
         pool.tokens[rows] = tokenize([sentence for pair in captions for sentence in pair]).view(len(pixels), 2, -1)
 
 
-def batch_rows(n: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """(batch,) the views of a step: every pass is a new permutation, whose incomplete last batch is left out."""
-    epoch, position = divmod(step, n // batch)
-    return seeds.rng(seed, "order", epoch).permutation(n)[position * batch : (position + 1) * batch]
+def batch_rows(pictures: int, views: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """The views of a step: whole groups of siblings, one view a picture.
+
+    A pass is a new permutation of the groups, whose incomplete last batch is left out; `views` passes show each view of
+    a picture once.
+
+    Args:
+        pictures: in the pool
+        views: of each picture
+        batch: views a step
+        seed: of the order
+        step: of the training
+
+    Returns:
+        (batch,) rows of the pool
+    """
+    siblings = birdlets.TRAIN_SIBLINGS
+    groups, size = pictures // siblings, batch // siblings
+    round, position = divmod(step, groups // size)
+    chosen = seeds.rng(seed, "order", round).permutation(groups)[position * size : (position + 1) * size]
+    picture = (chosen[:, None] * siblings + np.arange(siblings)).ravel()
+    epoch, turn = divmod(round, views)
+    view = (seeds.rng(seed, "views", epoch).integers(views, size=pictures)[picture] + turn) % views
+    return picture * views + view
 
 
 def jitter(pixels: np.ndarray, shift: int, rng: np.random.Generator) -> np.ndarray:
@@ -204,7 +224,7 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
     first, spent = (curve[-1]["step"], curve[-1]["minutes"]) if curve else (0, 0.0)
     started, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
-        rows = np.sort(batch_rows(len(pool.pixels), recipe.batch, seed, step))
+        rows = np.sort(batch_rows(recipe.pictures, len(pool.pixels) // recipe.pictures, recipe.batch, seed, step))
         pixels = jitter(pool.pixels[rows], recipe.shift, seeds.rng(seed, "jitter", step))
         loss = step_loss(model.train(), pixels, pool.tokens[rows])
         adam.zero_grad()

@@ -160,7 +160,7 @@ def _noun(traits: Traits, shown: set[str], rng: np.random.Generator, full: bool)
 def captions(
     traits: Traits, shown: set[str], scene: str, domain: str, close: bool, rng: np.random.Generator
 ) -> list[str]:
-    """Two captions of a picture in which the parts `shown` can be seen: one names the bird, one says what it looks like."""
+    """Two captions of a picture that shows the parts `shown`: one names the bird, one says what it looks like."""
     start = _opening(rng, domain, close)
     plain = domain in ("sketch", "clipart")
     if not shown:
@@ -202,7 +202,8 @@ def vocabulary() -> list[str]:
             *DOMAIN_WORDS.values(),
             *(part.replace("_", " ") for part in PARTS),
             "billed capped eyed crested collared striped spotted bellied tailed legged point hook curve fork",
-            "wings with stripes spots plain beak tail which has have is and in the a an bird of nothing body type kind this that",
+            "wings with stripes spots plain beak tail which has have is and in the a an bird of nothing",
+            "body type kind this that",
         ]
     )
     return sorted(

@@ -1,8 +1,8 @@
 """Draws one picture of one bird, and says where each of its parts is.
 
-A bird is a list of polygons in its own coordinates (the body about one unit long, looking right, y down) that are made once for
-each shape, then turned, scaled and moved at once. A picture is drawn at twice its size and averaged down. The same
-(species, seed, knobs) gives the same bytes in every process.
+A bird is a list of polygons in its own coordinates (the body about one unit long, looking right, y down) that are made
+once for each shape, then turned, scaled and moved at once. A picture is drawn at twice its size and averaged down. The
+same (species, seed, knobs) gives the same bytes in every process.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _anatomy(family: str, beak: str, tail: str, wing: str, raised: bool, swims: 
     def add(part: str, points: np.ndarray) -> None:
         pieces.append(_Piece(part, points))
 
-    add("tail", _turn(_tail(tail) + [-0.86 * f.a, 0.0], -f.lean))
+    add("tail", _turn(_tail(tail) + np.array([-0.86 * f.a, 0.0]), -f.lean))
     foot = 0.0
     if not swims:
         hip = _turn(np.array([[-0.10 * f.a, 0.0]]), -f.lean)[0]
@@ -335,7 +335,7 @@ def _background(draw: ImageDraw.ImageDraw, scene: str, side: int, rng: np.random
                     y = horizon - h * (0.85 - 0.25 * k)
                     draw.rectangle((x + w * 0.2, y, x + w * 0.8, y + side * 0.02), fill=(228, 214, 150))
         case "desert":
-            for x, w, h, g in u[:3]:
+            for x, w, h, _ in u[:3]:
                 x, w = x * side, side * (0.3 + 0.3 * w)
                 draw.ellipse(
                     (x - w, horizon - side * 0.1 * h, x + w, horizon + side * 0.3), fill=_jitter(rng, _GROUND[scene], 8)
@@ -355,7 +355,7 @@ def _background(draw: ImageDraw.ImageDraw, scene: str, side: int, rng: np.random
                     width=max(1, side // 100),
                 )
         case "sea":
-            for x, y, w, g in u:
+            for x, y, w, _ in u:
                 x, y = x * side, horizon + (side - horizon) * y
                 draw.line((x, y, x + side * (0.05 + 0.1 * w), y), fill=(150, 190, 220), width=max(1, side // 120))
     palette = list(RGB.values())
@@ -375,7 +375,7 @@ def _background(draw: ImageDraw.ImageDraw, scene: str, side: int, rng: np.random
         colour = _jitter(rng, palette[int(c * len(palette))], 12)
         if kind < 0.45:  # a thing like a beak
             shape = _turn(_beak(("pointed", "hooked", "flat", "curved")[int(kind / 0.45 * 4)], 0.15) * (s * 5), t * 360)
-            draw.polygon(_flat(shape + [x, y]), fill=colour)
+            draw.polygon(_flat(shape + np.array([x, y])), fill=colour)
         elif kind < 0.7:  # a thing like an eye
             draw.ellipse((x - s * 0.6, y - s * 0.6, x + s * 0.6, y + s * 0.6), fill=colour)
             draw.ellipse((x - s * 0.3, y - s * 0.3, x + s * 0.3, y + s * 0.3), fill=RGB["black"])

@@ -194,8 +194,8 @@ def is_held_out_name(name: str) -> bool:
     return name in _banned()[1]
 
 
-def training_traits(rng: np.random.Generator) -> Traits:
-    """A training bird: drawn at random, and again where the draw is a held-out one."""
-    while is_held_out(traits := draw_traits(rng)):
+def training_traits(rng: np.random.Generator, family: str, body: str) -> Traits:
+    """A training bird of a family and body colour: drawn at random, and again where the draw is a held-out one."""
+    while is_held_out(traits := draw_traits(rng, family, body)):
         pass
     return traits

@@ -16,6 +16,7 @@ from upclose.birdlets import captions, pictures, species
 from upclose.birdlets.pictures import DEFAULT, DOMAINS, Knobs, Picture
 
 TRAIN_SIZE = 48
+TRAIN_SIBLINGS = 4  # consecutive training pictures share family and body colour, so that small parts tell them apart
 _TRAIN_DOMAINS = (0.92, 0.02, 0.04, 0.02)  # photo, painting, sketch, clipart
 
 
@@ -160,6 +161,8 @@ def _around(parts: dict, pixels: int, rng: np.random.Generator) -> tuple[float, 
 def training_views(seed: int, index: int, whole: bool) -> tuple[np.ndarray, list[list[str]]]:
     """One picture of a new random species, cut into views that are captioned from what they show.
 
+    Pictures 4k .. 4k + 3 show siblings, as the held-out species come in groups of siblings.
+
     Args:
         seed: of the training pictures
         index: of the picture
@@ -169,7 +172,8 @@ def training_views(seed: int, index: int, whole: bool) -> tuple[np.ndarray, list
         uint8 (V, 3, TRAIN_SIZE, TRAIN_SIZE), V = 2 or 3, and V pairs of captions
     """
     rng = seeds.rng(seed, "training", index)
-    traits = species.training_traits(rng)
+    shared = species.draw_traits(seeds.rng(seed, "training siblings", index // TRAIN_SIBLINGS))
+    traits = species.training_traits(rng, shared.family, shared.body)
     domain = DOMAINS[int(rng.choice(len(DOMAINS), p=_TRAIN_DOMAINS))]
     low = rng.uniform(0.3, 0.8)
     knobs = Knobs((low, low + 0.15), rng.uniform(0.3, 1.0), int(rng.integers(9)), int(rng.integers(6)), DEFAULT.pixels)
