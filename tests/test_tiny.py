@@ -86,7 +86,7 @@ def test_the_short_way_through_the_image_tower(layers):
 
 
 def test_the_short_way_through_the_text_tower(model):
-    words = WORDS + ["unseen"]
+    words = [*WORDS, "unseen"]
     sentences = [" ".join(words[i % 10] for i in range(n)) for n in (3, 0, 40, 7, 7, 12, 1, 30, 2)]
     tokens = tiny.tokenizer(WORDS)(sentences)
     expected = model.encode_text(tokens)
