@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Kernel entries stay above exp(-SAFE), so that products of three of them and of their inverses are ordinary numbers.
 SAFE = {torch.float32: 40.0, torch.float64: 300.0}
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-9}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 FEW = 16  # columns
 NOTHING = -1e30  # the logarithm of no mass: finite, so that gradients stay finite
 
@@ -45,7 +45,7 @@ def sinkhorn(
         epsilon: weight of the entropy, in units of cost; infinity gives the product of the marginals
         max_iter: most rounds
         tolerance: the L1 distance of a plan's marginals from `row` and `column` at which it is done;
-            None is 1e-6 in float32 and 1e-9 in float64
+            None is 1e-5 in float32 and 1e-9 in float64
         bound: the largest cost that can occur, where the caller knows it (cosine distances: 2). The plain kernel is
             used when bound / epsilon <= 40 (float32) or 300 (float64), otherwise the slower log domain.
             None: the largest cost on the CPU, infinite elsewhere.
@@ -58,6 +58,8 @@ def sinkhorn(
         ValueError: shapes that do not fit, values that are not finite or negative, marginals that do not sum to one
     """
     largest = _check(cost, row, column, epsilon, max_iter)
+    if not cost.numel():
+        return torch.zeros_like(cost), 0
     row, column = row.to(cost), column.to(cost)
     tolerance = TOLERANCE[cost.dtype] if tolerance is None else tolerance
     bound = largest if bound is None else min(bound, largest)
@@ -96,16 +98,13 @@ def _solve_plain(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tole
     """Rounds on the kernel itself."""
     kernel = logit.exp()
     row, column = row[..., None], column[..., None, :]
-    v, active = column, None
-    for iteration in range(1, max_iter + 1):
+    v, active, iteration = column, _everyone(logit), 0
+    while iteration < max_iter and _running(active):
+        iteration += 1
         u = row / _times(kernel, v)  # (..., N, 1)
         mass = u.mT @ kernel  # (..., 1, M)
         error = (v * mass - column).detach().abs().sum(-1, keepdim=True)
-        step = column / mass
-        v = step if active is None else torch.where(active, step, v)
-        active = error >= tolerance if active is None else active & (error >= tolerance)
-        if logit.device.type == "cpu" and not active.any():
-            break
+        v, active = torch.where(active, column / mass, v), active & (error >= tolerance)
     return u * kernel * v, iteration
 
 
@@ -120,18 +119,24 @@ def _times(kernel: Tensor, v: Tensor) -> Tensor:
 def _solve_log(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
     """The same rounds on logarithms."""
     log_row, log_column = _log(row)[..., None], _log(column)[..., None, :]
-    log_v = log_column
-    active = None
-    for iteration in range(1, max_iter + 1):
+    log_v, active, iteration = log_column, _everyone(logit), 0
+    while iteration < max_iter and _running(active):
+        iteration += 1
         log_u = log_row - (logit + log_v).logsumexp(-1, keepdim=True)  # (..., N, 1)
         log_mass = (logit + log_u).logsumexp(-2, keepdim=True)  # (..., 1, M)
         error = ((log_v + log_mass).exp() - column[..., None, :]).detach().abs().sum(-1, keepdim=True)
-        step = log_column - log_mass
-        log_v = step if active is None else torch.where(active, step, log_v)
-        active = error >= tolerance if active is None else active & (error >= tolerance)
-        if logit.device.type == "cpu" and not active.any():
-            break
+        log_v, active = torch.where(active, log_column - log_mass, log_v), active & (error >= tolerance)
     return (log_u + logit + log_v).exp(), iteration
+
+
+def _everyone(logit: Tensor) -> Tensor:
+    """(..., 1, 1) bool: no problem is done yet."""
+    return torch.ones(*logit.shape[:-2], 1, 1, dtype=torch.bool, device=logit.device)
+
+
+def _running(active: Tensor) -> bool:
+    """Whether another round is needed: known on the CPU, assumed elsewhere."""
+    return active.device.type != "cpu" or bool(active.any())
 
 
 def _log(mass: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ kernel of all their classes and of a chunk of images is one matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -74,16 +75,16 @@ def scores(
     """
     theta = _weight(theta, hybrid)
     lengths = _by_length(text)
-    order = torch.cat([length.classes for length in lengths]).argsort()
-    result = []
-    for part in _chunks(views, len(text.description)):
+    result = views.image.new_empty(len(views.image), len(text.label), dtype=torch.float32)
+    for part, target in _chunks(views, text, result):
         crop, row = part.crop, crop_mass(part, selection)
         if selection and crop.device.type == "cpu":
             crop, row = _without_massless(crop, row)
         crop = torch.lerp(part.image[:, None], crop, theta)  # (10, 16)
-        pairs = [_align(crop, row, length, epsilon, max_iter, tolerance) for length in lengths]
-        result.append(torch.cat([(plan * sim).sum((-2, -1)) for plan, sim in pairs])[order].T.float())
-    return torch.cat(result)
+        for length in lengths:
+            plan, sim = _align(crop, row, length, epsilon, max_iter, tolerance)
+            target[:, length.classes] = (plan * sim).sum((-2, -1)).T.float()  # (15)
+    return result
 
 
 def plans(
@@ -99,7 +100,14 @@ def plans(
     """The transport plans behind `scores`, for explanations: T[b, c, n, j] is the mass between crop n and attribute j.
 
     Args:
-        views, text, theta, epsilon, selection, hybrid, max_iter, tolerance: as `scores`
+        views: as in `scores`
+        text: as in `scores`
+        theta: as in `scores`
+        epsilon: as in `scores`
+        selection: as in `scores`
+        hybrid: as in `scores`
+        max_iter: as in `scores`
+        tolerance: as in `scores`
 
     Returns:
         (B, C, N, M), M the longest class; zero on the padding of shorter classes and on dropped crops. Each
@@ -114,15 +122,12 @@ def plans(
     lengths = _by_length(text)
     images, crops = views.crop.shape[:2]
     result = views.crop.new_zeros(images, len(text.label), crops, max(length.m for length in lengths))
-    done = 0
-    for part in _chunks(views, len(text.description)):
+    for part, target in _chunks(views, text, result):
         row = crop_mass(part, selection)
         crop = torch.lerp(part.image[:, None], part.crop, theta)  # (10, 16)
-        target = result[done : done + len(row)]
         for length in lengths:
             plan, _ = _align(crop, row, length, epsilon, max_iter, tolerance)
             target[:, length.classes, :, : length.m] = plan.transpose(0, 1)
-        done += len(row)
     return result
 
 
@@ -177,17 +182,18 @@ def _align(
 
 def _without_massless(crop: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """Keep as many crops an image as the image with most mass-bearing crops needs, those with mass first."""
-    kept = row.argsort(-1, descending=True, stable=True)[:, : int((row > 0).sum(-1).max())]
+    kept = row.argsort(dim=-1, descending=True, stable=True)[:, : int((row > 0).sum(-1).max())]
     batch = torch.arange(len(row))[:, None]
     return crop[batch, kept], row[batch, kept]
 
 
-def _chunks(views: Views, descriptions: int) -> list[Views]:
-    """Split the images so that a chunk has at most `PAIRS` crop-attribute pairs."""
+def _chunks(views: Views, text: Text, result: Tensor) -> Iterator[tuple[Views, Tensor]]:
+    """The images, with their rows of `result`, in pieces of at most `PAIRS` crop-attribute pairs."""
     pairs = PAIRS["cpu" if views.crop.device.type == "cpu" else "device"]
-    step = max(1, pairs // (views.crop.shape[1] * descriptions))
-    views = Views(views.image, views.crop)
-    return [views.select(slice(start, start + step)) for start in range(0, max(1, len(views.image)), step)]
+    step = max(1, pairs // (views.crop.shape[1] * len(text.description)))
+    for start in range(0, len(views.image), step):
+        piece = slice(start, start + step)
+        yield Views(views.image[piece], views.crop[piece]), result[piece]
 
 
 def _weight(theta: float, hybrid: bool) -> float:
