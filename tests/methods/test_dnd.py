@@ -92,7 +92,8 @@ def test_rounds_go_on_only_for_slow_pairs_and_change_no_other(world, monkeypatch
     assert torch.equal(dnd.scores(views, text, epsilon=0.01, max_iter=1600), expected)
     assert sizes[0] == len(views.image) * C
     assert len(sizes) > 1
-    assert all(more > fewer for more, fewer in itertools.pairwise(sizes))
+    assert sizes[-1] < sizes[0]
+    assert all(more >= fewer for more, fewer in itertools.pairwise(sizes))
     once = [
         -(sinkhorn(cost[None], uniform(N), uniform(cost.shape[1]), 0.01, 1600, 1e-5)[0] * cost).sum()
         for _, _, cost in each(views, text)
@@ -128,14 +129,14 @@ def test_one_crop_that_is_the_image_is_the_mean_over_descriptions(world):
 
 def test_a_class_scores_the_same_beside_longer_classes_and_in_any_order_of_crops(world, monkeypatch):
     views, text = world
-    scores = dnd.scores(views, text)
+    scores = dnd.scores(views, text, epsilon=0.05)
     for c in range(C):
         alone = Text.from_lists(text.label[c : c + 1], [text.description[text.owner == c]])
-        assert torch.allclose(dnd.scores(views, alone)[:, 0], scores[:, c], atol=1e-5)
-    assert torch.allclose(dnd.scores(Views(views.image, views.crop.flip(1)), text), scores, atol=1e-5)
-    assert torch.allclose(dnd.scores(views.select(slice(2, 3)), text), scores[2:3], atol=1e-5)
+        assert torch.allclose(dnd.scores(views, alone, epsilon=0.05)[:, 0], scores[:, c], atol=1e-5)
+    assert torch.allclose(dnd.scores(Views(views.image, views.crop.flip(1)), text, epsilon=0.05), scores, atol=1e-5)
+    assert torch.allclose(dnd.scores(views.select(slice(2, 3)), text, epsilon=0.05), scores[2:3], atol=1e-5)
     monkeypatch.setattr(dnd, "CHUNK", 1)
-    assert torch.allclose(dnd.scores(views, text), scores, atol=1e-5)
+    assert torch.allclose(dnd.scores(views, text, epsilon=0.05), scores, atol=1e-5)
 
 
 def test_max_scores_drop_the_marginal_on_the_crops(world):
@@ -283,7 +284,7 @@ def naive_stream(views, text, capacity, alpha, beta, zero):
 @pytest.mark.parametrize("capacity", [1, 3, 100])
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_the_stream_equals_a_loop_over_images_whatever_the_batch(capacity, batch_size):
-    views, text = draws(3, batch=50)
+    views, text = draws(3, batch=30)
     zero = clip.multi_crop_scores(views, text)
     assert len(zero.argmax(1).unique()) > 1
     expected = naive_stream(views, text, capacity, 0.1, 5.0, zero)
@@ -293,15 +294,16 @@ def test_the_stream_equals_a_loop_over_images_whatever_the_batch(capacity, batch
 
 def test_the_stream_depends_on_the_order_but_not_on_what_comes_later():
     views, text = draws(4, batch=30)
-    scores = dnd.stream(views, text, 2, alpha=1.0)
-    first = dnd.stream(views.select(slice(0, 11)), text, 2, alpha=1.0)
+    zero = clip.multi_crop_scores(views, text)
+    scores = dnd.stream(views, text, 2, alpha=1.0, zero=zero)
+    first = dnd.stream(views.select(slice(0, 11)), text, 2, alpha=1.0, zero=zero[:11])
     assert torch.allclose(first, scores[:11], atol=1e-5)
-    back = dnd.stream(views.select(torch.arange(29, -1, -1)), text, 2, alpha=1.0).flip(0)
+    back = dnd.stream(views.select(torch.arange(29, -1, -1)), text, 2, alpha=1.0, zero=zero.flip(0)).flip(0)
     assert (back - scores).abs().max() > 0.1
 
 
 def test_the_stream_starts_from_zero_shot_scores(world):
-    views, text = world
+    views, text = world[0].select(slice(0, 2)), world[1]
     zero = dnd.scores(views, text)
     assert torch.equal(dnd.stream(views, text, alpha=0.0), zero)
     assert torch.equal(dnd.stream(views, text, zero=zero), dnd.stream(views, text))
