@@ -67,6 +67,7 @@ def fit(
         LADS, section 3: L = alpha L_DA + (1 - alpha) L_CC.
 
     Deviates:
+        alpha is 0.5, the released default.
         100 epochs and batch 512 as for LARE's network, so that the two differ in their losses only; hidden units,
         learning rate and decay as in `upclose.methods.lare`. `scale` is CLIP's 100, since L_CC is described as CLIP's
         zero-shot classification.
