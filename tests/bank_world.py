@@ -1,6 +1,6 @@
 """A small world for the bank's tests: an encoder and a data set that need no weights and no files.
 
-Run as a program it builds a bank in a process of its own: `python bank_world.py ROOT [images] [pause]`.
+Run as a program it builds a bank in a process of its own: `python bank_world.py ROOT IMAGES PAUSE`.
 """
 
 import hashlib
@@ -74,7 +74,4 @@ def contents(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    root, n, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    print("ready", flush=True)
-    done = bank.build(FakeDataset(n, pause=pause), FakeEncoder(), PLAN, root, shard=SHARD)
-    print(done.folder.path, flush=True)
+    bank.build(FakeDataset(int(sys.argv[2]), pause=float(sys.argv[3])), FakeEncoder(), PLAN, sys.argv[1], shard=SHARD)

@@ -1,0 +1,135 @@
+"""A bank built by a real Ray cluster is the local one, also when a worker is killed while it builds."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import bank_world
+from bank_world import PLAN, SHARD, FakeDataset, FakeEncoder, contents
+from upclose import bank
+from upclose.bank import BankError
+
+ray = pytest.importorskip("ray", reason='needs Ray: pip install "upclose[cluster]"')
+N = 64
+
+
+class Telling(FakeDataset):
+    """Leaves the number of the process that loads from it in a folder."""
+
+    folder = None
+
+    def load(self, i):
+        if self.folder:
+            (Path(self.folder) / str(os.getpid())).touch()
+        return super().load(i)
+
+
+class Poisoned(FakeDataset):
+    """Kills whoever loads picture 20."""
+
+    def load(self, i):
+        return os.kill(os.getpid(), signal.SIGKILL) if i == 20 else super().load(i)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two workers on this machine, which import the test's classes by value."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for module in (bank_world, sys.modules[__name__]):
+        ray.cloudpickle.register_pickle_by_value(module)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield
+    ray.shutdown()
+    torch.set_num_threads(threads)
+
+
+def local(root, dataset=None):
+    return contents(Path(bank.build(dataset or FakeDataset(N), FakeEncoder(), PLAN, root, shard=SHARD).folder.path))
+
+
+def spread(root, dataset, **options):
+    held = bank.build(dataset, FakeEncoder(), PLAN, root, executor="ray", shard=SHARD, **options)
+    return contents(Path(held.folder.path))
+
+
+def test_a_killed_worker_is_replaced_and_its_shards_done_again(tmp_path, cluster):
+    dataset = Telling(N, pause=0.02)
+    dataset.folder = str(tmp_path / "pids")
+    Path(dataset.folder).mkdir()
+    killed, finished = [], threading.Event()
+
+    def kill_one():
+        while not finished.wait(0.02):
+            pids = [int(path.name) for path in Path(dataset.folder).iterdir()]
+            if len(pids) == 2 and list((tmp_path / "ray").glob("*/*.safetensors")):
+                os.kill(pids[0], signal.SIGKILL)
+                killed.append(pids[0])
+                return
+
+    assassin = threading.Thread(target=kill_one)
+    assassin.start()
+    try:
+        built = spread(tmp_path / "ray", dataset)
+    finally:
+        finished.set()
+        assassin.join()
+    pids = {int(path.name) for path in Path(dataset.folder).iterdir()}
+    assert len(killed) == 1
+    assert len(pids) == 3  # two workers and a replacement
+    assert os.getpid() not in pids
+    assert built == local(tmp_path / "local")
+
+
+def test_a_shard_that_kills_every_worker_is_named(tmp_path, cluster):
+    with pytest.raises(BankError, match=r"lost the worker 4 times at images \(16, 24\)"):
+        spread(tmp_path, Poisoned(N), workers=1)
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 2  # those before it are kept
+
+
+def test_unreadable_pictures_are_reported_as_they_are_locally(tmp_path, cluster):
+    bad = FakeDataset(N, unreadable=(3, 40))
+    with pytest.raises(ValueError, match=r"picture 3 |picture 40 "):
+        spread(tmp_path / "ray", bad)
+    with pytest.warns(UserWarning, match="2 pictures cannot be read"):
+        held = bank.build(bad, FakeEncoder(), PLAN, tmp_path / "ray", "ray", on_error="skip", shard=SHARD)
+    with pytest.warns(UserWarning, match="2 pictures cannot be read"):
+        alone = bank.build(bad, FakeEncoder(), PLAN, tmp_path / "local", on_error="skip", shard=SHARD)
+    assert contents(Path(held.folder.path)) == contents(Path(alone.folder.path))
+
+
+def test_progress_reaches_the_drivers_bar(tmp_path, cluster, capfd):
+    spread(tmp_path, FakeDataset(N), progress=True)
+    assert f"{N * PLAN.n}/{N * PLAN.n}" in capfd.readouterr().err
+
+
+def test_a_root_that_is_not_shared_is_an_error(tmp_path, cluster):
+    with pytest.raises(BankError, match="every machine of the cluster shares"):
+        spread(f"memory://{tmp_path}", FakeDataset(N))
+
+
+def test_more_than_the_cluster_has(tmp_path, cluster):
+    with pytest.raises(ValueError, match=r"no machine of the Ray cluster has 1 processors and 0\.5 GPUs"):
+        spread(tmp_path, FakeDataset(N), gpus=0.5)
+
+
+def test_no_cluster_at_the_address(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def refuse(**_):
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ConnectionError, match=r"no Ray cluster at 'nowhere:1'.*ray start --head"):
+        spread(tmp_path, FakeDataset(N), address="nowhere:1")
+
+
+def test_without_ray(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"upclose\[cluster\]"):
+        spread(tmp_path, FakeDataset(N))
