@@ -23,8 +23,8 @@ from torch import Tensor
 from upclose import transport
 from upclose.features import Text, Views
 
-# Crop-attribute pairs solved at once: about 30 bytes each, and on a CPU few enough to stay in its caches.
-PAIRS = {"cpu": 1 << 22, "device": 1 << 25}
+# Crop-attribute pairs solved at once, at most about 30 bytes each.
+PAIRS = {"cpu": 1 << 23, "device": 1 << 25}
 
 
 def scores(
