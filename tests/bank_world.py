@@ -6,6 +6,7 @@ Run as a program it builds a bank in a process of its own: `python bank_world.py
 import hashlib
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class FakeEncoder:
 
     precision, image_size, batch_size, dim = "fp32", 4, 64, 16
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    _parts = SimpleNamespace(squash=False)
 
     def __init__(self, seed=0):
         self.fingerprint = f"fake-{seed}"

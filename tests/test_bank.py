@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,7 @@ class Changed(FakeEncoder):
         (FakeDataset(), Changed(mean=(0.5, 0.5, 0.4)), PLAN, "float16"),
         (FakeDataset(), Changed(std=(0.5, 0.5, 0.4)), PLAN, "float16"),
         (FakeDataset(), Changed(batch_size=65), PLAN, "float16"),
+        (FakeDataset(), Changed(_parts=SimpleNamespace(squash=True)), PLAN, "float16"),
         (FakeDataset(), FakeEncoder(), PLAN, "float32"),
         *[
             (FakeDataset(), FakeEncoder(), PLAN._replace(**change), "float16")
