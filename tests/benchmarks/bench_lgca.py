@@ -63,12 +63,12 @@ def main() -> None:
     lgca.scores(ladder[:1], image[:1], Text.from_lists(label[:2], description[:2]))
 
     before, ours, baseline = peak(), [], []
-    for _ in range(n.repeats):
-        start = time.perf_counter()
-        found = lgca.scores(ladder, image, text)
-        ours.append(time.perf_counter() - start)
+    found = lgca.scores(ladder, image, text)
     memory = peak() - before
     for _ in range(n.repeats):
+        start = time.perf_counter()
+        lgca.scores(ladder, image, text)
+        ours.append(time.perf_counter() - start)
         start = time.perf_counter()
         expected = loop(ladder, image, label[: n.sample], description[: n.sample])
         baseline.append((time.perf_counter() - start) * n.classes / n.sample)

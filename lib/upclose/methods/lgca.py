@@ -244,6 +244,5 @@ def _occurs(a: Tensor, size: int) -> Tensor:
 
 def _mask(member: Tensor, crops: int) -> Tensor:
     """Crop numbers (..., S), `crops` where empty, as a mask (..., N)."""
-    return torch.zeros(*member.shape[:-1], crops + 1, dtype=torch.bool, device=member.device).scatter(-1, member, True)[
-        ..., :crops
-    ]
+    mask = torch.zeros(*member.shape[:-1], crops + 1, dtype=torch.bool, device=member.device)
+    return mask.scatter(-1, member, True)[..., :crops]
