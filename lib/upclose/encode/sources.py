@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -233,10 +234,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
 
 def _read_torch(path: Path) -> dict:
     """A `.pt` file: tensors only, or a TorchScript archive as OpenAI published them."""
-    with open(path, "rb") as file:
-        script = file.read(2) == b"PK" and torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl")
-    if script:
-        return torch.jit.load(path, map_location="cpu").state_dict()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if script:
+            return torch.jit.load(path, map_location="cpu").state_dict()
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
