@@ -7,6 +7,7 @@ import pandas as pd
 
 from upclose import paths
 
+PAPERS = {"LGCA": "lgca", "LaZSL": "lazsl", "D&D": "dnd", "FAIR": "fair", "LARE": "lare"}
 KEYS = ["paper", "table", "method", "dataset", "backbone", "setting", "metric"]
 CITED = (
     "UPL",
@@ -37,7 +38,8 @@ def published(paper: str | None = None, table: str | None = None) -> pd.DataFram
     Raises:
         ValueError: no such paper or table
     """
-    frame = pd.concat([pd.read_csv(file, keep_default_na=False) for file in sorted(paths.PUBLISHED.glob("*.csv"))])
+    files = [paths.PUBLISHED / f"{name}.csv" for name in PAPERS.values()]
+    frame = pd.concat([pd.read_csv(file, keep_default_na=False) for file in files])
     for column in ("value", "std"):
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
     for column, wanted in (("paper", paper), ("table", table)):
@@ -49,7 +51,7 @@ def published(paper: str | None = None, table: str | None = None) -> pd.DataFram
 
 
 def tolerance(value: float, n: float, std: float, published_std: float) -> float:
-    """By how many points two honest measurements may differ: 1.96 standard errors of n test images and of the crop sets."""
+    """By how many points two honest measurements may differ: 1.96 standard errors, of n images and of the crop sets."""
     sampling = value * (100 - value) / n if n > 0 else 0.0
     return 1.96 * float(np.sqrt(sampling + np.nan_to_num(std) ** 2 + np.nan_to_num(published_std) ** 2))
 
@@ -63,8 +65,8 @@ def versus(measured: pd.DataFrame, paper: str, table: str | None = None) -> pd.D
         table: see `published`
 
     Returns:
-        The published rows with columns ours, ours_std, n, difference, tolerance and status: "reproduced", "off by +1.2",
-        "not run here", "cited, not run" or "inconsistent in print".
+        The published rows with columns ours, ours_std, n, difference, tolerance and status: "reproduced",
+        "off by +1.2", "not run here", "cited, not run" or "inconsistent in print".
     """
     ours = measured.rename(columns={"value": "ours", "std": "ours_std"})[[*KEYS, "ours", "ours_std", "n"]]
     ours = ours.drop_duplicates(KEYS, keep="last").astype({"ours": float, "ours_std": float, "n": float})

@@ -1,0 +1,94 @@
+"""What is known of every data set: one line a (data set, protocol) in `published/datasets.csv`.
+
+A protocol says whose split it is: "official", "coop" (the `split_zhou_*.json` files), "vissl" (folders that VISSL's
+scripts make) or "held-out" (CIFAR-100 with 10,000 training images as validation). The first line of a data set is its
+default.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from functools import cache
+from typing import NamedTuple
+
+from upclose import paths
+
+SPLITS = ("train", "validation", "test")
+
+
+class Entry(NamedTuple):
+    """A data set under one protocol.
+
+    Attributes:
+        dataset, protocol: its key
+        classes: how many
+        train, validation, test: how many items; 0 where the split does not exist
+        folder: below the root, of this protocol's files
+        licence, homepage, get: whose pictures they are and how to get them
+        domains: name -> (train, test) items, of the data sets that have domains
+    """
+
+    dataset: str
+    protocol: str
+    classes: int
+    train: int
+    validation: int
+    test: int
+    folder: str
+    licence: str
+    homepage: str
+    get: str
+    domains: dict[str, tuple[int, int]]
+
+
+@cache
+def entries() -> dict[tuple[str, str], Entry]:
+    """Every entry of the registry."""
+    found: dict[tuple[str, str], Entry] = {}
+    with (paths.PUBLISHED / "datasets.csv").open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            domain = line.pop("domain")
+            key = line["dataset"], line["protocol"]
+            numbers = {name: int(line.pop(name)) for name in ("classes", *SPLITS)}
+            entry = found.setdefault(key, Entry(**line, **numbers, domains={}))
+            if domain:
+                entry.domains[domain] = numbers["train"], numbers["test"]
+    return found
+
+
+def names() -> list[str]:
+    """The data sets of the registry, without Birdlets and imagefolder."""
+    return list(dict.fromkeys(dataset for dataset, _ in entries()))
+
+
+def entry(dataset: str, protocol: str | None = None) -> Entry:
+    """One entry.
+
+    Args:
+        dataset: of `names()`
+        protocol: None for the default, the first that is listed
+
+    Raises:
+        ValueError: no such data set or protocol
+    """
+    protocols = [p for name, p in entries() if name == dataset]
+    if not protocols:
+        known = [*names(), "birdlets", "imagefolder:PATH"]
+        close = difflib.get_close_matches(dataset, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise ValueError(f"no data set {dataset!r}; {hint}")
+    if protocol and protocol not in protocols:
+        raise ValueError(f"{dataset} has no protocol {protocol!r}; there are {', '.join(protocols)}")
+    return entries()[dataset, protocol or protocols[0]]
+
+
+@cache
+def imagenet_classes() -> dict[str, str]:
+    """Folder (wnid) -> name of ImageNet's 1000 classes, in label order; every name is different.
+
+    Deviates: OpenAI's current list has two pairs of equal names ("missile", "sunglasses"); this is its first list, which
+    the published descriptions use and in which they differ.
+    """
+    with (paths.PUBLISHED / "imagenet_classes.csv").open(newline="", encoding="utf-8") as file:
+        return {line["folder"]: line["name"] for line in csv.DictReader(file)}

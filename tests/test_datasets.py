@@ -1,0 +1,265 @@
+import json
+import os
+import pickle
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import trees
+from upclose import datasets, images
+from upclose.datasets import registry
+from upclose.features import Dataset
+
+ENTRIES = sorted(registry.entries())
+
+
+def load(root, name, split="test", **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", datasets.CountWarning)
+        return datasets.load(name, split, root, **options)
+
+
+@pytest.mark.parametrize(("name", "protocol"), ENTRIES)
+def test_every_entry_loads_from_its_official_layout(tmp_path, name, protocol):
+    entry = registry.entry(name, protocol)
+    trees.make(tmp_path, name, protocol)
+    seen = {}
+    for split in (s for s in registry.SPLITS if getattr(entry, s)):
+        if name == "places365" and split == "train":
+            continue
+        with pytest.warns(datasets.CountWarning, match="pictures, not"):
+            data = datasets.load(name, split, tmp_path, protocol=protocol)
+        assert isinstance(data, Dataset)
+        assert len(data.class_names) == entry.classes == len(set(data.class_names))
+        assert len(data) == len(data.key) == len(data.label) == len(set(data.key)) >= (entry.classes > 100)
+        assert not any("_" in c for c in data.class_names)
+        last = data.load(len(data) - 1)
+        assert last.dtype == torch.uint8
+        assert last.shape[0] == 3
+        if split != "validation" or name != "cifar100":
+            assert set(data.label) <= set(range(entry.classes))
+        seen[split] = set(data.key)
+    parts = list(seen.values())
+    assert all(not parts[i] & parts[j] for i in range(len(parts)) for j in range(i)), "splits share pictures"
+
+
+def test_registry_agrees_with_the_papers_counts():
+    assert len(registry.names()) == 22
+    assert (registry.entry("cub").train, registry.entry("cub").test) == (5994, 5794)
+    assert registry.entry("caltech101").test == 6645
+    assert registry.entry("caltech101", "coop").test == 2465
+    assert registry.entry("domainnet-40").domains["real"] == (0, 6943)
+    for entry in registry.entries().values():
+        assert entry.licence
+        assert entry.homepage.startswith("http")
+        assert entry.get
+
+
+def test_imagenet_names_are_distinct_and_in_folder_order():
+    classes = registry.imagenet_classes()
+    assert list(classes) == sorted(classes)
+    assert len(classes) == len(set(classes.values())) == 1000
+    assert classes["n01440764"] == "tench"
+    assert list(classes.values())[134] == "crane bird"
+
+
+def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path):
+    trees.make(tmp_path, "imagenet-v2")
+    data = load(tmp_path, "imagenet-v2")
+    assert [k.split("/")[-2] for k in data.key[:12]] == [str(c) for c in range(12)]
+
+
+def test_imagenet_r_scores_only_the_classes_that_are_there(tmp_path):
+    trees.make(tmp_path, "imagenet-r")
+    data = load(tmp_path, "imagenet-r")
+    assert data.class_names == list(registry.imagenet_classes().values())[::5]
+
+
+def test_class_names_are_cleaned(tmp_path):
+    trees.make(tmp_path, "cub")
+    trees.make(tmp_path, "eurosat")
+    trees.make(tmp_path, "places365")
+    assert load(tmp_path, "cub").class_names[1] == "Painted bird 1"
+    assert load(tmp_path, "eurosat").class_names[:3] == ["annual crop land", "forest", "brushland or shrubland"]
+    assert load(tmp_path, "places365").class_names[:2] == ["place 0 outdoor", "place 1"]
+
+
+def test_wrong_class_order_is_an_error(tmp_path):
+    folder = trees.make(tmp_path, "cub")
+    rows = (folder / "classes.txt").read_text().splitlines()
+    a, b = (row.split(" ")[1] for row in rows[:2])
+    (folder / "classes.txt").write_text("\n".join([f"1 {b}", f"2 {a}", *rows[2:]]))
+    with pytest.raises(ValueError, match="class order is wrong"):
+        load(tmp_path, "cub")
+
+
+def test_coop_split_that_names_a_class_twice_is_an_error(tmp_path):
+    folder = trees.make(tmp_path, "dtd", "coop")
+    file = folder / "split_zhou_DescribableTextures.json"
+    content = json.loads(file.read_text())
+    content["test"][0][2] = "another"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"class 0 is .* and, for"):
+        load(tmp_path, "dtd", protocol="coop")
+
+
+def test_too_many_and_too_few_class_folders(tmp_path):
+    folder = trees.make(tmp_path, "imagenet-a")
+    (folder / "n99999999").mkdir()
+    with pytest.raises(ValueError, match=r"n99999999.*too many"):
+        load(tmp_path, "imagenet-a")
+    shutil.rmtree(folder / "n99999999")
+    shutil.rmtree(folder / "n01440764")
+    with pytest.raises(ValueError, match="199 classes, not 200"):
+        load(tmp_path, "imagenet-a")
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol", "lost"),
+    [
+        ("cub", None, "train_test_split.txt"),
+        ("dtd", None, "labels/test1.txt"),
+        ("food101", None, "meta/test.json"),
+        ("places365", None, "categories_places365.txt"),
+        ("flowers102", "official", "setid.mat"),
+        ("domainnet-40", None, "real_test_mini.txt"),
+        ("ucf101", "coop", "split_zhou_UCF101.json"),
+        ("cifar100", None, "test.bin"),
+    ],
+)
+def test_missing_list_file_is_named(tmp_path, name, protocol, lost):
+    folder = trees.make(tmp_path, name, protocol)
+    (folder / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=lost.split("/")[-1]):
+        load(tmp_path, name, protocol=protocol)
+
+
+def test_missing_data_set_says_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"upclose.datasets.download\('dtd'\)"):
+        load(tmp_path, "dtd")
+    with pytest.raises(FileNotFoundError, match=r"CUB_200_2011\.tgz by hand"):
+        load(tmp_path, "cub")
+    with pytest.raises(ValueError, match="by hand"):
+        datasets.download("cub", tmp_path)
+
+
+def test_missing_picture_is_named_when_the_data_set_is_opened(tmp_path):
+    folder = trees.make(tmp_path, "food101")
+    next(iter(sorted(folder.glob("images/*/test0.jpg")))).unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 101 listed pictures"):
+        load(tmp_path, "food101")
+
+
+def test_corrupt_picture_is_an_error_of_its_own(tmp_path):
+    folder = trees.make(tmp_path, "oxford-pets")
+    (folder / "images" / "breed_00_100.jpg").write_bytes(b"no picture")
+    data = load(tmp_path, "oxford-pets")
+    with pytest.raises(images.ImageError, match="breed_00_100"):
+        data.load(0)
+    assert data.load(1).shape == (3, 8, 10)
+
+
+def test_symlinks_are_followed_and_broken_ones_are_missing(tmp_path):
+    folder = trees.make(tmp_path / "real", "oxford-pets")
+    (tmp_path / "linked").mkdir()
+    os.symlink(folder, tmp_path / "linked" / folder.name)
+    assert load(tmp_path / "linked", "oxford-pets").fingerprint == load(tmp_path / "real", "oxford-pets").fingerprint
+    file = folder / "images" / "breed_00_100.jpg"
+    file.unlink()
+    os.symlink(tmp_path / "nowhere.jpg", file)
+    with pytest.raises(FileNotFoundError, match="1 of 37"):
+        load(tmp_path / "real", "oxford-pets")
+
+
+def test_fingerprint_knows_sizes_names_and_order_and_nothing_of_the_place(tmp_path):
+    trees.make(tmp_path / "a", "food101", each=2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, moved = load(tmp_path / "a", "food101"), load(tmp_path / "b", "food101")
+    assert first.fingerprint == moved.fingerprint
+    assert first.key == moved.key
+    assert first.select([1, 0]).fingerprint != first.select([0, 1]).fingerprint
+    with moved.files[0].open("ab") as file:
+        file.write(b"x")
+    assert load(tmp_path / "b", "food101").fingerprint != first.fingerprint
+    assert load(tmp_path / "a", "food101", "train").fingerprint != first.fingerprint
+
+
+def test_limit_spreads_over_the_classes(tmp_path):
+    trees.make(tmp_path, "dtd", each=4)
+    data = load(tmp_path, "dtd", limit=47)
+    assert len(data) == 47
+    assert set(data.label) == set(range(47))
+    assert len(load(tmp_path, "dtd", limit=10**6)) == 47 * 4
+
+
+def test_domains(tmp_path):
+    trees.make(tmp_path, "domainnet-40")
+    data = load(tmp_path, "domainnet-40")
+    assert data.domain_names == ["sketch", "real", "painting", "clipart"]
+    assert np.bincount(data.domain).tolist() == [40] * 4
+    part = load(tmp_path, "domainnet-40", domain="real+clipart")
+    assert set(part.domain) == {1, 3}
+    assert load(tmp_path, "domainnet-40", "train").domain_names == ["sketch"]
+    with pytest.raises(ValueError, match="no domain 'photo'"):
+        load(tmp_path, "domainnet-40", domain="photo")
+
+
+def test_cifar_pixels_and_held_out_split(tmp_path):
+    folder = trees.make(tmp_path, "cifar100", each=10)
+    table = np.fromfile(folder / "test.bin", np.uint8).reshape(-1, 3074)
+    data = load(tmp_path, "cifar100")
+    assert np.array_equal(data.load(7).numpy().ravel(), table[7, 2:])
+    assert data.label[7] == table[7, 1]
+    train, held = (load(tmp_path, "cifar100", s, protocol="held-out") for s in ("train", "validation"))
+    assert len(train) == 4 * len(held) == 800
+    (folder / "test.bin").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="cut short"):
+        load(tmp_path, "cifar100")
+
+
+def test_imagefolder(tmp_path):
+    trees.folders(tmp_path / "mine", ["great tit", "måne", "z"], 2)
+    data = datasets.load(f"imagefolder:{tmp_path / 'mine'}")
+    assert data.class_names == ["great tit", "måne", "z"]
+    assert data.label.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.load(0).shape == (3, 8, 10)
+    trees.folders(tmp_path / "split" / "train", ["a"], 1)
+    trees.folders(tmp_path / "split" / "test", ["a"], 3)
+    assert len(datasets.load(f"imagefolder:{tmp_path / 'split'}", "test")) == 3
+    with pytest.raises(FileNotFoundError, match="one folder a class"):
+        datasets.load(f"imagefolder:{tmp_path / 'none'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures"):
+        datasets.load(f"imagefolder:{tmp_path / 'empty'}")
+
+
+def test_bad_names_are_one_clear_sentence(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'oxford-pets'"):
+        datasets.load("oxfordpets")
+    with pytest.raises(ValueError, match="no protocol 'zhou'; there are official, coop"):
+        datasets.load("dtd", root=tmp_path, protocol="zhou")
+    with pytest.raises(ValueError, match="no split 'val'; there are train"):
+        datasets.load("dtd", "val")
+    with pytest.raises(ValueError, match="no split 'train'; there are test"):
+        datasets.load("imagenet-v2", "train", tmp_path)
+    with pytest.raises(ValueError, match="no option 'knobs'"):
+        datasets.load("dtd", root=tmp_path, knobs=1)
+    with pytest.raises(ValueError, match="limit=0"):
+        datasets.load("dtd", root=tmp_path, limit=0)
+
+
+def test_data_sets_travel_to_other_processes(tmp_path):
+    trees.make(tmp_path, "oxford-pets")
+    data = load(tmp_path, "oxford-pets")
+    again = pickle.loads(pickle.dumps(data))
+    assert again.fingerprint == data.fingerprint
+    assert torch.equal(again.load(3), data.load(3))
+
+
+def test_birdlets_keep_their_own_options():
+    data = datasets.load("birdlets", "validation", limit=12, domain="sketch", classes=5)
+    assert len(data) == 12
+    assert data.domain_names == ["sketch"]
