@@ -112,7 +112,7 @@ def test_early_stop_keeps_its_promise():
 
 def test_permutation():
     cost, row, column = problems()
-    i, j = torch.randperm(7), torch.randperm(5)
+    i, j = torch.tensor([3, 1, 6, 0, 5, 2, 4]), torch.tensor([4, 2, 0, 1, 3])
     plan, _ = transport.sinkhorn(cost, row, column, 0.1)
     moved, _ = transport.sinkhorn(cost[:, i][:, :, j], row[:, i], column[:, j], 0.1)
     torch.testing.assert_close(moved, plan[:, i][:, :, j])

@@ -98,10 +98,10 @@ def _solve_plain(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tole
     """Rounds on the kernel itself."""
     kernel = logit.exp()
     row, column = row[..., None], column[..., None, :]
-    v, active, iteration = column, _everyone(logit), 0
+    u, v, active, iteration = row, column, _everyone(logit), 0
     while iteration < max_iter and _running(active):
         iteration += 1
-        u = row / _times(kernel, v)  # (..., N, 1)
+        u = torch.where(active, row / _times(kernel, v), u)  # (..., N, 1)
         mass = u.mT @ kernel  # (..., 1, M)
         error = (v * mass - column).detach().abs().sum(-1, keepdim=True)
         v, active = torch.where(active, column / mass, v), active & (error >= tolerance)
@@ -117,12 +117,13 @@ def _times(kernel: Tensor, v: Tensor) -> Tensor:
 
 
 def _solve_log(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
-    """The same rounds on logarithms."""
+    """The same rounds on logarithms, the cheapest pair of each problem at 0, where floating point is finest."""
+    logit = logit - logit.detach().amax((-2, -1), keepdim=True)
     log_row, log_column = _log(row)[..., None], _log(column)[..., None, :]
-    log_v, active, iteration = log_column, _everyone(logit), 0
+    log_u, log_v, active, iteration = log_row, log_column, _everyone(logit), 0
     while iteration < max_iter and _running(active):
         iteration += 1
-        log_u = log_row - (logit + log_v).logsumexp(-1, keepdim=True)  # (..., N, 1)
+        log_u = torch.where(active, log_row - (logit + log_v).logsumexp(-1, keepdim=True), log_u)  # (..., N, 1)
         log_mass = (logit + log_u).logsumexp(-2, keepdim=True)  # (..., 1, M)
         error = ((log_v + log_mass).exp() - column[..., None, :]).detach().abs().sum(-1, keepdim=True)
         log_v, active = torch.where(active, log_column - log_mass, log_v), active & (error >= tolerance)

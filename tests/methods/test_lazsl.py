@@ -130,17 +130,17 @@ def test_invariance_to_batches_order_and_padding(monkeypatch):
     views, text = world(images=7)
     scores, plans = lazsl.scores(views, text), lazsl.plans(views, text)
     monkeypatch.setitem(lazsl.PAIRS, "cpu", 1)
-    torch.testing.assert_close(lazsl.scores(views, text), scores, atol=1e-6, rtol=0)
-    torch.testing.assert_close(lazsl.plans(views, text), plans, atol=1e-6, rtol=0)
+    torch.testing.assert_close(lazsl.scores(views, text), scores, atol=2e-6, rtol=0)
+    torch.testing.assert_close(lazsl.plans(views, text), plans, atol=1e-5, rtol=0)
     monkeypatch.undo()
-    order = torch.randperm(9)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     shuffled = Views(views.image, views.crop[:, order])
-    torch.testing.assert_close(lazsl.scores(shuffled, text), scores, atol=1e-6, rtol=0)
-    torch.testing.assert_close(lazsl.plans(shuffled, text), plans[:, :, order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(lazsl.scores(shuffled, text), scores, atol=2e-6, rtol=0)
+    torch.testing.assert_close(lazsl.plans(shuffled, text), plans[:, :, order], atol=1e-5, rtol=0)
     per_class = text.description.split(COUNTS)
     classes = [4, 2, 0]
     fewer = Text.from_lists(text.label[classes], [per_class[y].flip(0) for y in classes])
-    torch.testing.assert_close(lazsl.scores(views, fewer), scores[:, classes], atol=1e-6, rtol=0)
+    torch.testing.assert_close(lazsl.scores(views, fewer), scores[:, classes], atol=2e-6, rtol=0)
     assert lazsl.scores(views.select(slice(0, 0)), text).shape == (0, 5)
 
 
