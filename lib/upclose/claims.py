@@ -9,6 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from upclose import paths
+
 
 class Claim(NamedTuple):
     """A claim, tested.
@@ -37,10 +39,10 @@ class Claim(NamedTuple):
 def interval(better: Tensor, worse: Tensor, resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
     """The difference of two accuracies with a 95 % interval, in points.
 
-    A paired bootstrap: each resample draws the images again, every image with all of its crop sets, for they are nested
-    in it: crops are drawn anew for each image and set, so that images are the independent units. Both methods are always
-    compared on the same images and the same crop sets. An image's mean gap takes few distinct values, and the resamples
-    are drawn as counts of those.
+    A paired bootstrap: each resample draws the images again, every image with all of its crop sets, for they are
+    nested in it: crops are drawn anew for each image and set, so that images are the independent units. Both methods
+    are always compared on the same images and the same crop sets. An image's mean gap takes few distinct values, and
+    the resamples are drawn as counts of those.
 
     Args:
         better: (S, n) or (n,) bool, for each crop set and image whether the first method is right
@@ -92,8 +94,8 @@ def check(name: str, text: str, better: Tensor, worse: Tensor, margin: float = 0
 
 
 def ledger(claims: list[Claim]) -> pd.DataFrame:
-    """The claims as a table, one a line, with the interval in words."""
-    return pd.DataFrame(
+    """The claims as a table, one a line, with the interval in words; inside a run also in its `claims.csv`."""
+    frame = pd.DataFrame(
         {
             "claim": [c.name for c in claims],
             "text": [c.text for c in claims],
@@ -103,3 +105,6 @@ def ledger(claims: list[Claim]) -> pd.DataFrame:
             "n": [f"{c.n} images x {c.sets} crop set{'s' * (c.sets > 1)}" for c in claims],
         }
     )
+    if (folder := paths.run_folder()) is not None:
+        frame.to_csv(folder / "claims.csv", index=False)
+    return frame

@@ -43,6 +43,7 @@ FIELDS: dict[str, Any] = {
     "alpha": Share,
     "beta": Share,
     "crop_seeds": _some(Seed),
+    "sweep_images": Count,
     "seed": Seed,
     "seeds": _some(Seed),
 }

@@ -13,8 +13,10 @@ import pandas as pd
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc }
-table { border-collapse: collapse; font-size: .85rem } th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #eee }
-td:nth-child(n+7) { text-align: right } figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top }
+table { border-collapse: collapse; font-size: .85rem }
+th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #eee }
+td:nth-child(n+8) { text-align: right }
+figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top }
 img { max-width: 33rem; border: 1px solid #eee } p, figcaption { color: #555; font-size: .85rem }
 """
 

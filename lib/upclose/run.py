@@ -1,7 +1,8 @@
 """Runs: a parameter file's grid through papermill into `results/YYYY-MM-DD/<run>/`.
 
-A run is complete when its `run.json` stands in its folder; it is the last file to be written, into a folder that gets its
-name only then. A run whose hash (parameters, weights, prompts, data, code) is complete at any date is not run again.
+A run is complete when its `run.json` stands in its folder; it is the last file to be written, into a folder that gets
+its name only then. A run whose hash (parameters, weights, prompts, data, code) is complete at any date is not run
+again.
 """
 
 from __future__ import annotations

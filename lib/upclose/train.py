@@ -31,7 +31,8 @@ from torch import Tensor
 from upclose import birdlets, paths, seeds
 from upclose.encode import tiny
 
-THREADS = 2
+DRAWERS = 2  # processes that draw
+THREADS = 1  # of the training: at this size two models side by side cost less than one on two threads
 BLOCK = 500  # pictures that a worker draws at a time
 KEEP = 200  # steps between two checkpoints
 
@@ -61,6 +62,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "full": Recipe(pictures=60_000, steps=2600),
+    "half": Recipe(pictures=40_000, steps=1400),
     "mini": Recipe(pictures=5_000, steps=180, warmup=30, measure=360),
 }
 
@@ -78,7 +80,7 @@ class Pool(NamedTuple):
 
 
 def draw_pool(folder: Path, pictures: int, seed: int, whole: bool) -> Pool:
-    """The views of `pictures` training pictures, drawn by `THREADS` processes unless the folder has them already."""
+    """The views of `pictures` training pictures, drawn by `DRAWERS` processes unless the folder has them already."""
     if not folder.is_dir():
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,7 +88,7 @@ def draw_pool(folder: Path, pictures: int, seed: int, whole: bool) -> Pool:
         views = len(birdlets.training_views(seed, 0, whole)[0])
         _pool_file(partial, "pixels", "w+", (pictures * views, 3, birdlets.TRAIN_SIZE, birdlets.TRAIN_SIZE), np.uint8)
         _pool_file(partial, "tokens", "w+", (pictures * views, 2, tiny.CONTEXT), np.uint16)
-        with ProcessPoolExecutor(THREADS, multiprocessing.get_context("spawn")) as workers:
+        with ProcessPoolExecutor(DRAWERS, multiprocessing.get_context("spawn")) as workers:
             starts = range(0, pictures, BLOCK)
             jobs = workers.map(
                 _draw_block, *zip(*((partial, seed, s, min(s + BLOCK, pictures), whole) for s in starts))
@@ -324,7 +326,7 @@ def model_card(name: str, recipe: Recipe, seed: int, curve: list[dict], sha256: 
             "| --- | --- |",
             *(f"| {key} | {value} |" for key, value in recipe._asdict().items() if key != "measure"),
             f"| seed | {seed} |",
-            f"| minutes on {THREADS} threads, without drawing | {curve[-1]['minutes']:.1f} |",
+            f"| minutes on {THREADS} thread, without drawing | {curve[-1]['minutes']:.1f} |",
             f"| image tower | {config['vision_cfg']} |",
             f"| text tower | {config['text_cfg']} |",
             f"| torch | {torch.__version__} |",

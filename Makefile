@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.14.1 torchvision==0.29.1
+NUMBERED := $(sort $(wildcard notebooks/0*.ipynb))
+OTHERS := $(sort $(wildcard notebooks/ablations/*.ipynb notebooks/complexity/*.ipynb))
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce ablations test test-all bench lint lab clean
+
+help:  ## this page
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "upclose needs Python 3.11 or newer with venv; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) has no venv module; install your system's python3-venv package" >&2; exit 1; }
+	@echo "making $(VENV) (once, about 5 minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e '.[cluster,dev]'
+	@touch $@
+
+reproduce: $(VENV)/.ready  ## run the numbered notebooks on Birdlets into results/<date>/
+	$(BIN)/upclose run $(NUMBERED:notebooks/%.ipynb=params/birdlets/%.yaml)
+
+ablations: $(VENV)/.ready  ## run the ablation and complexity notebooks
+	$(BIN)/upclose run $(OTHERS:notebooks/%.ipynb=params/birdlets/%.yaml)
+
+test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg $(NUMBERED) notebooks/solutions
+
+test-all: test  ## the same and the slow tests
+	$(BIN)/python -m pytest -m 'slow'
+	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg $(OTHERS)
+
+bench: $(VENV)/.ready  ## benchmarks, as ratios measured in one run
+	@for file in tests/benchmarks/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+lint: $(VENV)/.ready  ## mend style and check imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/lint-imports
+
+lab: $(VENV)/.ready  ## open the notebooks
+	$(BIN)/jupyter lab notebooks
+
+clean:  ## remove .venv and caches; results and banks stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache

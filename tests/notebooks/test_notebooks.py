@@ -1,0 +1,74 @@
+"""What every committed notebook must be: run, small, parameterised, in the order of the design."""
+
+import ast
+import re
+
+import nbformat
+import pytest
+
+from upclose import params, paths
+
+BOOKS = sorted(p for p in paths.NOTEBOOKS.rglob("*.ipynb") if "checkpoint" not in str(p))
+PAPERS = [p for p in BOOKS if p.parent == paths.NOTEBOOKS]
+CALLED = [p for p in BOOKS if p.parent.name != "solutions"]
+
+
+def name(path):
+    return path.relative_to(paths.NOTEBOOKS).as_posix()
+
+
+def code(book):
+    return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=name)
+def test_committed_with_outputs_and_without_errors(path):
+    book = nbformat.read(path, 4)
+    assert path.stat().st_size < 1.5 * 2**20
+    assert all(cell.execution_count for cell in code(book)), "some cell was never run"
+    counts = [cell.execution_count for cell in code(book)]
+    assert counts == sorted(counts)
+    outputs = [output for cell in code(book) for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    assert any(output.output_type in ("stream", "execute_result", "display_data") for output in outputs)
+
+
+@pytest.mark.parametrize("path", CALLED, ids=name)
+def test_one_typed_parameters_cell_whose_lines_say_what_they_are(path):
+    book = nbformat.read(path, 4)
+    (cell,) = [c for c in book.cells if "parameters" in c.metadata.get("tags", [])]
+    assert all(isinstance(line, ast.AnnAssign) for line in ast.parse(cell.source).body)
+    assert all("  # " in line for line in cell.source.splitlines() if ":" in line and "=" in line)
+    params.check(path, {})
+
+
+@pytest.mark.parametrize("path", CALLED, ids=name)
+def test_a_parameter_file_runs_it(path):
+    sheet = params.read(paths.PARAMS / "birdlets" / f"{name(path).removesuffix('.ipynb')}.yaml")
+    assert params.notebook_path(sheet.notebook) == path
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=name)
+def test_the_order_of_a_notebook(path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells)
+    markers = [
+        "arXiv",
+        "# which|: str =",
+        "[Pp]aper versus ours",
+        "claims\\.ledger",
+        "## Exercises",
+        "## Known deviations",
+    ]
+    places = [re.search(marker, text) for marker in markers]
+    assert all(places), [m for m, p in zip(markers, places) if not p]
+    starts = [place.start() for place in places]
+    assert starts == sorted(starts)
+    exercises = text.split("## Exercises")[1].split("## Known deviations")[0]
+    assert len(re.findall(r"^\d+\. ", exercises, re.M)) >= 3
+    assert (paths.NOTEBOOKS / "solutions" / path.name).exists()
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=name)
+def test_no_path_of_a_machine_and_no_working_directory(path):
+    source = "\n".join(cell.source for cell in nbformat.read(path, 4).cells)
+    assert not re.search(r"os\.getcwd|%cd|/home/|/root/|\.cuda\(", source)
