@@ -1,4 +1,4 @@
-"""One look for every figure: seaborn's white grid, colours that colour-blind readers can tell apart, one colour a method."""
+"""One look for every figure: seaborn's white grid, a colour-blind safe palette, one colour a method."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from upclose import birdlets, paths, seeds
 from upclose.encode import tiny
+from upclose.encode.tiny import CLIP
 
 DRAWERS = 2  # processes that draw
 THREADS = 1  # of the training: at this size two models side by side cost less than one on two threads
