@@ -1,38 +1,119 @@
-"""Sentences for classes: {class name: [sentences]}, by source.
+"""Sentences for classes: {class name: [sentences]}, by source, fetched at a pinned commit and linted before every use.
 
 | source | sentences |
 | --- | --- |
 | clip | "a photo of a {name}." |
 | clip-e | the templates of CLIP's prompt ensemble |
-| clip-d | "{name}, which has {descriptor}." (Menon and Vondrick) |
-| lazsl | "a photo of a {name}, which has {descriptor}." (LaZSL section 4.1) |
+| clip-d | "{name}, which (is/has/...) {descriptor}." (Menon and Vondrick) |
+| lazsl | "a photo of a {name}, which (is/has/...) {descriptor}." (LaZSL section 4.1) |
 | dnd | "a photo of a bird with {descriptor}.": the descriptor without the class's name |
 | cupl | full sentences by a language model (Pratt et al.) |
 | waffle | "a photo of a {name}, which has {random words}." (Roth et al.) |
+
+What the linter finds, and what becomes of it:
+
+| finding | handling |
+| --- | --- |
+| missing | error, with the nearest name |
+| renamed | the class is spelled otherwise (case, hyphens, articles, a place's short name): its sentences are taken |
+| extra | dropped |
+| order | put in the data set's order |
+| empty | the class's own prompt, "a photo of a {name}." |
+| duplicate | kept once |
+| malformed | white space, list marks and control characters removed; what is blank then is dropped |
+| long | cut at a word, to what the tokenizer reads |
+| tie | kept: two classes have the same sentences, so no zero-shot method can tell them apart by these |
 """
 
 from __future__ import annotations
 
+import csv
+import difflib
 import json
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+import pooch
 
 from upclose import paths, seeds
 
 TEMPLATE = "a photo of a {}."
-_TEMPLATES = {
-    "birdlets": (
-        "a photo of a {}.",
-        "a picture of a {}.",
-        "an image of a {}.",
-        "a good photo of a {}.",
-        "a photo of the {}.",
-        "a close-up photo of a {}.",
-        "a photo of one {}.",
-    )
-}
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SOURCES = ("clip", "clip-e", "clip-d", "lazsl", "dnd", "cupl", "waffle")
+TOKENS = 75  # of CLIP's 77, without start and end
+_BIRDLETS = (
+    "a photo of a {}.",
+    "a picture of a {}.",
+    "an image of a {}.",
+    "a good photo of a {}.",
+    "a photo of the {}.",
+    "a close-up photo of a {}.",
+    "a photo of one {}.",
+)
+_FAMILY = {name: "imagenet" for name in ("imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a")}
+_FAMILY |= {"cub-painting": "cub"}
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_MARK = re.compile(r"^\s*(?:[-*•]+|\d+[.)])\s+")
+_EXAMPLES = {  # the two worked examples of Menon and Vondrick's question
+    "lemur": (
+        "four-limbed primate",
+        "black, grey, white, brown, or red-brown",
+        "wet and hairless nose with curved nostrils",
+        "long tail",
+        "large eyes",
+        "furry bodies",
+        "clawed hands and feet",
+    ),
+    "television": (
+        "electronic device",
+        "black or grey",
+        "a large, rectangular screen",
+        "a stand or mount to hold the screen",
+        "one or more speakers",
+        "a power cord",
+        "input ports for connecting to other devices",
+        "a remote control",
+    ),
+}
+
+
+class PromptWarning(UserWarning):
+    """Sentences were repaired before use."""
+
+
+class Finding(NamedTuple):
+    """Something the linter found: its kind (the module's table), the class, and what was done, as text."""
+
+    kind: str
+    class_name: str
+    detail: str
+
+
+class Checked(NamedTuple):
+    """Sentences ready for use and what was repaired; `findings` as plain data is `[f._asdict() for f in findings]`."""
+
+    sentences: dict[str, list[str]]
+    findings: list[Finding]
+
+
+class Source(NamedTuple):
+    """A published file: a line of `published/prompts.csv`."""
+
+    source: str
+    variant: str
+    dataset: str
+    repository: str
+    commit: str
+    path: str
+    sha256: str
+    bytes: str
+    licence: str
+
+
+# ------------------------------------------------------------------------------------------------------------- files
 
 
 def read(file: str | Path) -> dict[str, list[str]]:
@@ -42,13 +123,7 @@ def read(file: str | Path) -> dict[str, list[str]]:
         ValueError: it is no JSON of that form
         FileNotFoundError: there is no such file
     """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"no description file {file}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    content = _json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}; it must map class names to lists of sentences")
     for name, rows in content.items():
@@ -57,8 +132,75 @@ def read(file: str | Path) -> dict[str, list[str]]:
     return content
 
 
+def _json(file: str | Path) -> object:
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"no description file {file}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+
+
+@cache
+def published() -> tuple[Source, ...]:
+    """Every file of `published/prompts.csv`; a data set's first variant of a source is the default."""
+    with (paths.PUBLISHED / "prompts.csv").open(newline="", encoding="utf-8") as file:
+        return tuple(Source(**line) for line in csv.DictReader(file))
+
+
+def find(source: str, dataset: str, variant: str | None = None) -> Source:
+    """The published file of (source, variant, data set).
+
+    Raises:
+        ValueError: there is none; says which there are
+    """
+    files = [f for f in published() if f.source == source and f.dataset == dataset]
+    files = files or [f for f in published() if f.source == source and f.dataset == _FAMILY.get(dataset)]
+    if not files:
+        known = sorted({f.dataset for f in published() if f.source == source})
+        raise ValueError(
+            f"no {source} sentences of {dataset!r} are published; there are {', '.join(known) or 'none'}; "
+            "give a file of your own, {class: [sentences]}"
+        )
+    for file in files:
+        if variant in (None, "", file.variant):
+            return file
+    raise ValueError(
+        f"no variant {variant!r} of {source} for {dataset}; there are {', '.join(f.variant for f in files)}"
+    )
+
+
+def local(file: Source) -> Path:
+    """Where a published file is kept on this machine, fetched or put there by hand."""
+    return paths.cache() / "prompts" / file.repository.replace("/", "--") / file.commit[:10] / file.path
+
+
+def fetch(file: Source) -> Path:
+    """A published file at its pinned commit, downloaded once and compared with its sha256.
+
+    Raises:
+        ConnectionError: it is not here and cannot be downloaded; says where to put it
+        ValueError: its bytes are not those that were published
+    """
+    target = local(file)
+    url = f"https://raw.githubusercontent.com/{file.repository}/{file.commit}/{file.path.replace(' ', '%20')}"
+    if target.is_file() and file.sha256 and (found := pooch.file_hash(target)) != file.sha256:
+        raise ValueError(f"{target} has the sha256 {found}, not {file.sha256}: remove it, it will be fetched again")
+    known = f"sha256:{file.sha256}" if file.sha256 else None
+    try:
+        return Path(pooch.retrieve(url, known, target.name, target.parent, progressbar=False))
+    except ValueError as error:
+        raise ValueError(f"{url} is not what was published: {error}") from None
+    except Exception as error:
+        raise ConnectionError(f"{url} cannot be fetched ({error}): put the file at {target}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- sentences
+
+
 def waffle(class_names: Sequence[str], pairs: int = 15, seed: int = 0) -> dict[str, list[str]]:
-    """WaffleCLIP's prompts: the same random descriptors for every class, half of them random words, half random letters.
+    """WaffleCLIP's prompts: the same random descriptors for every class, half of them words, half letters.
 
     Args:
         class_names: C names
@@ -74,44 +216,264 @@ def waffle(class_names: Sequence[str], pairs: int = 15, seed: int = 0) -> dict[s
         descriptors.append(" ".join(words[int(k)] for k in rng.choice(len(words), 2, replace=False)))
         letters = ("".join(_LETTERS[int(k)] for k in rng.integers(26, size=int(n))) for n in rng.integers(3, 8, size=2))
         descriptors.append(" ".join(letters))
-    return {name: [f"a photo of a {name}, which has {descriptor}." for descriptor in descriptors] for name in class_names}
+    return {
+        name: [f"a photo of a {name}, which has {descriptor}." for descriptor in descriptors] for name in class_names
+    }
 
 
-def _descriptors(source: str, dataset: str, split: str) -> dict[str, list[str]]:
-    if dataset != "birdlets":
-        raise ValueError(f"no {source} descriptions of {dataset!r} are shipped; read a file with prompts.read")
-    return read(paths.PACKAGE / "birdlets" / "prompts" / f"{source}_{split}.json")
+def templates(dataset: str) -> tuple[str, ...]:
+    """CLIP's prompt ensemble of a data set; ImageNet's is fetched, a data set without one has the plain template."""
+    if dataset == "birdlets":
+        return _BIRDLETS
+    if rows := _json(paths.PUBLISHED / "templates.json").get(_FAMILY.get(dataset, dataset)):
+        return tuple(rows)
+    if any(f.source == "clip-e" and f.dataset == dataset for f in published()):
+        rows = _json(fetch(find("clip-e", dataset)))
+        if not isinstance(rows, list) or not all(isinstance(row, str) and row.count("{}") == 1 for row in rows):
+            raise ValueError(f"the templates of {dataset} must be a list of strings with one {{}} each")
+        return tuple(rows)
+    return (TEMPLATE,)
 
 
-def load(source: str, dataset: str, split: str, class_names: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
-    """The sentences of a source for the classes of a data set, in the data set's order.
+def which(descriptor: str) -> str:
+    """The relative clause of a descriptor: "which is a seabird", "which has long legs", "which can fly".
+
+    Source: Menon and Vondrick (CLIP-D); LaZSL section 4.1, "which (is/has/etc) {attribute}".
+    Deviates: neither paper says when "is" and when "has"; an article or "used" takes "is", a verb stays, the rest "has".
+    """
+    first = descriptor.split(" ", 1)[0].lower()
+    if first in ("has", "have", "is", "are", "often", "typically", "usually", "may", "can"):
+        return f"which {descriptor}"
+    return f"which {'is' if first in ('a', 'an', 'used') else 'has'} {descriptor}"
+
+
+def _descriptors(source: str, dataset: str, split: str, variant: str | None, file: str | Path | None) -> dict:
+    if file:
+        return read(file)
+    if dataset == "birdlets":
+        return read(paths.PACKAGE / "birdlets" / "prompts" / f"{source}_{split}.json")
+    return read(fetch(find(source, dataset, variant)))
+
+
+def examine(
+    source: str,
+    dataset: str,
+    split: str,
+    class_names: Sequence[str],
+    seed: int = 0,
+    variant: str | None = None,
+    file: str | Path | None = None,
+    length: Callable[[str], int] | None = None,
+) -> Checked:
+    """`load`, with everything that was repaired.
 
     Args:
         source: one of SOURCES
         dataset: the registry's name
         split: for Birdlets, whose species differ from split to split
-        class_names: in the data set's order
+        class_names: C different names in the data set's order
         seed: of WaffleCLIP's descriptors
+        variant: of the published files ("full", "base", "menon", ...); None for the default
+        file: of one's own, {class: [sentences]}, instead of a published one
+        length: tokens of a sentence; None counts words and marks, of which each is at least one token
 
     Raises:
-        ValueError: an unknown source, or a class without sentences
+        ValueError: an unknown source, or sentences that the linter cannot repair
     """
+    names = list(class_names)
     match source:
         case "clip":
-            return {name: [TEMPLATE.format(name)] for name in class_names}
+            return Checked({name: [TEMPLATE.format(name)] for name in names}, [])
         case "clip-e":
-            return {name: [template.format(name) for template in _TEMPLATES[dataset]] for name in class_names}
+            return Checked({name: [row.format(name) for row in templates(dataset)] for name in names}, [])
         case "waffle":
-            return waffle(class_names, seed=seed)
+            return Checked(waffle(names, seed=seed), [])
         case "cupl":
-            found = _descriptors("cupl", dataset, split)
-            return {name: found[name] for name in class_names}
+            return lint(_descriptors("cupl", dataset, split, variant, file), names, dataset, length)
         case "clip-d" | "lazsl" | "dnd":
-            found = _descriptors("clip-d", dataset, split)
-            form = {
-                "clip-d": "{name}, which has {descriptor}.",
-                "lazsl": "a photo of a {name}, which has {descriptor}.",
-                "dnd": "a photo of a bird with {descriptor}.",
-            }[source]
-            return {name: [form.format(name=name, descriptor=d) for d in found[name]] for name in class_names}
+            found = lint(_descriptors("clip-d", dataset, split, variant, file), names, dataset, length)
+            said = {name: [_said(source, dataset, name, row) for row in rows] for name, rows in found.sentences.items()}
+            return Checked(said, found.findings)
     raise ValueError(f"no prompt source {source!r}; there are {', '.join(SOURCES)}")
+
+
+def _said(source: str, dataset: str, name: str, descriptor: str) -> str:
+    if descriptor == TEMPLATE.format(name):  # a class without descriptors
+        return descriptor
+    if source == "dnd":
+        return f"a photo of {'a bird' if dataset == 'birdlets' else 'something'} with {descriptor}."
+    clause = f"which has {descriptor}" if dataset == "birdlets" else which(descriptor)
+    start = "a photo of a " if source == "lazsl" or dataset == "birdlets" else ""  # birdlets-tiny was trained on these
+    return f"{start}{name}, {clause}."
+
+
+def load(
+    source: str,
+    dataset: str,
+    split: str,
+    class_names: Sequence[str],
+    seed: int = 0,
+    variant: str | None = None,
+    file: str | Path | None = None,
+) -> dict[str, list[str]]:
+    """The sentences of a source for the classes of a data set, in the data set's order; `examine` tells the arguments.
+
+    Raises:
+        ValueError: an unknown source, or sentences that the linter cannot repair
+
+    Warns:
+        PromptWarning: what was repaired, in one line
+    """
+    sentences, findings = examine(source, dataset, split, class_names, seed, variant, file)
+    if findings:
+        kinds = [finding.kind for finding in findings]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        warnings.warn(f"{source} of {dataset}: {counts} (see prompts.examine)", PromptWarning, stacklevel=2)
+    return sentences
+
+
+# -------------------------------------------------------------------------------------------------------------- linter
+
+
+def plain(name: str) -> str:
+    """A class name without case, marks and leading article: what makes two spellings the same."""
+    return re.sub(r"^(?:the|an?)\s+", "", re.sub(r"[\W_]+", " ", name.casefold()).strip())
+
+
+def _match(name: str, there: Mapping[str, str], short: bool) -> str | None:
+    """The key of the sentences of a class: its own name, another spelling, or, for places, the longest shorter name."""
+    key = plain(name)
+    if key in there:
+        return there[key]
+    squeezed = {k.replace(" ", ""): v for k, v in there.items()}
+    if key.replace(" ", "") in squeezed:
+        return squeezed[key.replace(" ", "")]
+    words = key.split()
+    starts = [" ".join(words[:k]) for k in range(len(words) - 1, 0, -1)] if short else []
+    return next((there[start] for start in starts if start in there), None)
+
+
+def lint(
+    found: Mapping[str, Sequence[str]],
+    class_names: Sequence[str],
+    dataset: str = "",
+    length: Callable[[str], int] | None = None,
+) -> Checked:
+    """Sentences in the data set's order, repaired as the module's table says.
+
+    Args:
+        found: class -> sentences, as they were read
+        class_names: C different names
+        dataset: Places365's and SUN397's classes may have only their short name ("church" for "church indoor")
+        length: tokens of a sentence
+
+    Raises:
+        ValueError: a class is missing, or a name stands twice in `class_names`
+    """
+    names = list(class_names)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two classes are called {twice!r}: sentences go by name, so rename one of them")
+    there = {plain(key): key for key in found}
+    short = dataset in ("places365", "sun397")
+    keys = {name: name if name in found else _match(name, there, short) for name in names}
+    if lost := [name for name, key in keys.items() if key is None]:
+        close = difflib.get_close_matches(plain(lost[0]), there, 1, 0.5)
+        hint = f"the nearest is {there[close[0]]!r}" if close else "nothing is near"
+        more = f" ({len(lost)} of {len(names)} classes lack sentences)" if len(lost) > 1 else ""
+        raise ValueError(f"no sentences for {lost[0]!r}: {hint}{more}; rename it in a file of your own")
+    findings = [Finding("renamed", n, f"the sentences of {k!r}") for n, k in keys.items() if n != k]
+    used = set(keys.values())
+    findings += [Finding("extra", key, "dropped") for key in found if key not in used]
+    position = {key: k for k, key in enumerate(found)}
+    places = [position[key] for key in keys.values()]
+    if places != sorted(places):
+        first = next(name for name, a, b in zip(names, places, sorted(places)) if a != b)
+        findings.append(Finding("order", first, "put in the data set's order; the first class that stood elsewhere"))
+    sentences = {}
+    for name, key in keys.items():
+        sentences[name], more = _clean(name, found[key], length or _pieces)
+        findings += more
+    return Checked(sentences, findings + _ties(sentences))
+
+
+def _pieces(sentence: str) -> int:
+    return len(re.findall(r"\w+|[^\w\s]+", sentence))
+
+
+def _clean(name: str, rows: Sequence[str], length: Callable[[str], int]) -> tuple[list[str], list[Finding]]:
+    out, findings = [], []
+    for row in rows:
+        text = " ".join("".join(c if c.isprintable() else " " for c in _MARK.sub("", row)).split())
+        if text != row:
+            findings.append(Finding("malformed", name, f"{row!r} became {text!r}" if text else f"{row!r} dropped"))
+        if not text:
+            continue
+        if length(text) > TOKENS:
+            whole, words = text, text.split(" ")
+            while len(words) > 1 and length(" ".join(words)) > TOKENS:
+                words.pop()
+            text = " ".join(words)
+            findings.append(Finding("long", name, f"{whole!r} cut to {len(words)} words"))
+        if text in out:
+            findings.append(Finding("duplicate", name, f"{text!r} kept once"))
+            continue
+        out.append(text)
+    if not out:
+        findings.append(Finding("empty", name, "its own prompt instead"))
+        out = [TEMPLATE.format(name)]
+    return out, findings
+
+
+def _ties(sentences: dict[str, list[str]]) -> list[Finding]:
+    seen: dict[frozenset[str], str] = {}
+    findings = []
+    for name, rows in sentences.items():
+        first = seen.setdefault(frozenset(rows), name)
+        if first != name:
+            findings.append(Finding("tie", name, f"the same sentences as {first!r}"))
+    return findings
+
+
+# ------------------------------------------------------------------------------------------------ one's own sentences
+
+
+def question(class_name: str) -> str:
+    """What to ask a language model for descriptors of a new class, with two worked examples.
+
+    Source: LaZSL section 4.1; Menon and Vondrick, section 2.
+    """
+    asked = "Q: What are useful features for distinguishing a {} in a photo?\n"
+    answered = "A: There are several useful visual features to tell there is a {} in a photo:\n"
+    shown = [
+        asked.format(name) + answered.format(name) + "".join(f"- {row}\n" for row in rows) + "\n"
+        for name, rows in _EXAMPLES.items()
+    ]
+    return "".join(shown) + asked.format(class_name) + answered.format(class_name) + "-"
+
+
+def answer(text: str) -> list[str]:
+    """The descriptors of a language model's answer: one a line, marked by "-", "*", "•" or a number.
+
+    Raises:
+        ValueError: no line is marked
+    """
+    rows = [_MARK.sub("", line).strip() for line in ("- " + text.lstrip("- ")).splitlines() if _MARK.match(line)]
+    if rows := [row for row in rows if row]:
+        return rows
+    raise ValueError(f"no list in the answer {text[:60]!r}; it must have a line a descriptor, '- long tail'")
+
+
+def from_answers(answers: Mapping[str, str]) -> dict[str, list[str]]:
+    """Class -> descriptors, from class -> answer; write it as JSON and `load(..., file=...)` takes it.
+
+    Raises:
+        ValueError: an answer holds no list; names the class
+    """
+    out = {}
+    for name, text in answers.items():
+        try:
+            out[name] = answer(text)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
+    return out

@@ -1,0 +1,230 @@
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from upclose import paths, prompts
+from upclose.birdlets import held_out
+
+SHARED = Path(os.environ.get("UPCLOSE_SHARED", paths.ROOT.parent / "shared")) / "prompts"
+NAMES = ["Black footed Albatross", "mew", "crane"]
+FOUND = {"Black-footed Albatross": ["a seabird"], "mew": ["long legs", "can fly"], "crane": ["used in zoos"]}
+
+
+def kinds(checked):
+    return {finding.kind for finding in checked.findings}
+
+
+def given(tmp_path, content):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("source", prompts.SOURCES)
+def test_birdlets_have_sentences_of_every_source_without_a_repair_that_loses_a_class(source):
+    names = [bird.name for bird in held_out()["test"]]
+    sentences = prompts.examine(source, "birdlets", "test", names).sentences
+    assert list(sentences) == names
+    assert all(sentences.values())
+
+
+def test_sound_sentences_have_no_findings():
+    assert prompts.lint({"a": ["x"], "b": ["y"]}, ["a", "b"]) == ({"a": ["x"], "b": ["y"]}, [])
+
+
+def test_other_spelling_is_renamed_and_recorded():
+    checked = prompts.lint(FOUND, NAMES)
+    assert checked.sentences["Black footed Albatross"] == ["a seabird"]
+    assert checked.findings == [prompts.Finding("renamed", NAMES[0], "the sentences of 'Black-footed Albatross'")]
+
+
+def test_missing_class_is_an_error_with_the_nearest_name():
+    with pytest.raises(ValueError, match="'laysan albatros': the nearest is 'Laysan Albatross'"):
+        prompts.lint({"Laysan Albatross": ["x"]}, ["laysan albatros"])
+    with pytest.raises(ValueError, match=r"nothing is near \(2 of 2 classes"):
+        prompts.lint({"xyz": ["x"]}, ["a bird", "another"])
+
+
+def test_class_names_must_differ():
+    with pytest.raises(ValueError, match="two classes are called 'crane'"):
+        prompts.lint(FOUND, ["crane", "crane"])
+
+
+def test_extra_order_empty_duplicate_tie():
+    checked = prompts.lint({"b": ["y", "y"], "extra": ["z"], "a": [], "c": ["y"]}, ["a", "b", "c"])
+    assert checked.sentences == {"a": ["a photo of a a."], "b": ["y"], "c": ["y"]}
+    assert kinds(checked) == {"extra", "order", "empty", "duplicate", "tie"}
+    assert list(checked.sentences) == ["a", "b", "c"]
+
+
+def test_malformed_sentences_are_cleaned_or_dropped():
+    checked = prompts.lint({"a": ["- long tail", "  ", "1. red\tbeak ", "ok"]}, ["a"])
+    assert checked.sentences == {"a": ["long tail", "red beak", "ok"]}
+    assert [f.kind for f in checked.findings] == ["malformed"] * 3
+
+
+def test_long_sentences_are_cut_to_what_the_tokenizer_reads():
+    checked = prompts.lint({"a": [" ".join(["word"] * 100)]}, ["a"])
+    assert len(checked.sentences["a"][0].split()) == prompts.TOKENS
+    doubled = prompts.lint({"a": [" ".join(["word"] * 60)]}, ["a"], length=lambda text: 2 * len(text.split()))
+    assert len(doubled.sentences["a"][0].split()) == prompts.TOKENS // 2
+    assert kinds(doubled) == {"long"}
+
+
+def test_short_names_serve_places_only_and_tie():
+    found = {"church": ["a steeple"], "alley": ["narrow"]}
+    names = ["church indoor", "church outdoor", "alley"]
+    checked = prompts.lint(found, names, "places365")
+    assert [f.kind for f in checked.findings] == ["renamed", "renamed", "tie"]
+    with pytest.raises(ValueError, match="no sentences for 'church indoor'"):
+        prompts.lint(found, names, "cub")
+
+
+def test_relative_clauses():
+    assert prompts.which("a seabird") == "which is a seabird"
+    assert prompts.which("long legs") == "which has long legs"
+    assert prompts.which("can fly") == "which can fly"
+    assert prompts.which("used in zoos") == "which is used in zoos"
+
+
+def test_own_file_warns_of_repairs(tmp_path):
+    file = given(tmp_path, FOUND)
+    with pytest.warns(prompts.PromptWarning, match="clip-d of mine: 1 renamed"):
+        said = prompts.load("clip-d", "mine", "test", NAMES, file=file)
+    assert said["Black footed Albatross"] == ["Black footed Albatross, which is a seabird."]
+    with pytest.warns(prompts.PromptWarning):
+        said = prompts.load("lazsl", "mine", "test", NAMES, file=file)
+    assert said["mew"] == ["a photo of a mew, which has long legs.", "a photo of a mew, which can fly."]
+
+
+def test_class_without_descriptors_keeps_its_own_prompt(tmp_path):
+    file = given(tmp_path, {"donuts": [], "ramen": ["noodles"]})
+    checked = prompts.examine("clip-d", "food101", "test", ["donuts", "ramen"], file=file)
+    assert checked.sentences["donuts"] == ["a photo of a donuts."]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[1]", "holds a list"),
+        ('{"a": "x"}', "must be a list of strings"),
+        ('{"a": [1]}', "list of strings"),
+        ("{", "JSON"),
+    ],
+)
+def test_files_of_another_form(tmp_path, content, said):
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        prompts.read(file)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        prompts.read(tmp_path / "nowhere.json")
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A published file whose download is a copy of local bytes."""
+    content = json.dumps({"a": ["red beak"]}).encode()
+    source = prompts.Source(
+        "clip-d", "menon", "mine", "o/r", "0" * 40, "d/x.json", hashlib.sha256(content).hexdigest(), "", ""
+    )
+    calls = []
+
+    def download(url, known_hash, fname, path, **_):
+        calls.append(url)
+        target = Path(path) / fname
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return str(target)
+
+    monkeypatch.setenv("UPCLOSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(prompts.pooch, "retrieve", download)
+    monkeypatch.setattr(prompts, "published", lambda: (source,))
+    return source, calls
+
+
+def test_fetch_asks_for_the_pinned_commit(published):
+    source, calls = published
+    assert prompts.load("clip-d", "mine", "test", ["a"]) == {"a": ["a, which has red beak."]}
+    assert calls == [f"https://raw.githubusercontent.com/o/r/{'0' * 40}/d/x.json"]
+
+
+def test_damaged_copy_is_not_read(published):
+    source, _ = published
+    prompts.fetch(source).write_text("{}")
+    with pytest.raises(ValueError, match="has the sha256"):
+        prompts.fetch(source)
+
+
+def test_without_a_network_the_error_says_where_to_put_the_file(published, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(prompts.pooch, "retrieve", fail)
+    with pytest.raises(ConnectionError, match=r"no network.*put the file at .*x\.json"):
+        prompts.load("clip-d", "mine", "test", ["a"])
+
+
+def test_registry_of_published_files():
+    files = prompts.published()
+    assert len({(f.source, f.variant, f.dataset) for f in files}) == len(files)
+    assert all(len(f.commit) == 40 and len(f.sha256) in (0, 64) for f in files)
+    assert prompts.find("cupl", "dtd").variant == "full"
+    assert prompts.find("cupl", "dtd", "base").path.endswith("texture_prompts_base.json")
+    assert prompts.find("clip-d", "cub-painting").dataset == "cub"
+    with pytest.raises(ValueError, match="no variant 'x' of cupl for dtd; there are full, base, wca"):
+        prompts.find("cupl", "dtd", "x")
+    with pytest.raises(ValueError, match="give a file of your own"):
+        prompts.find("clip-d", "aid")
+    with pytest.raises(ValueError, match="there are clip, clip-e"):
+        prompts.load("gpt", "dtd", "test", ["a"])
+
+
+def test_templates():
+    assert prompts.templates("dtd")[0] == "a photo of a {} texture."
+    assert prompts.templates("cub-painting") == prompts.templates("cub")
+    assert prompts.templates("caltech101") == (prompts.TEMPLATE,)
+
+
+def test_question_and_answers_go_round():
+    asked = prompts.question("blue tit")
+    assert asked.count("Q: What are useful features for distinguishing a") == 3
+    assert asked.endswith("there is a blue tit in a photo:\n-")
+    assert prompts.answer(" blue cap\n- yellow belly\n\n2. white cheeks") == [
+        "blue cap",
+        "yellow belly",
+        "white cheeks",
+    ]
+    assert prompts.from_answers({"a": "- x\n- y"}) == {"a": ["x", "y"]}
+    with pytest.raises(ValueError, match="'a': no list"):
+        prompts.from_answers({"a": " "})
+
+
+real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the published files are not at {SHARED}")
+
+
+@real
+def test_published_files_are_those_of_the_registry():
+    hashes = {f.sha256 for f in prompts.published()}
+    for file in [*SHARED.glob("clip-d/*.json"), *SHARED.glob("cupl/*.json")]:
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in hashes, file.name
+
+
+@real
+def test_what_is_wrong_with_the_published_files():
+    def lint(file, dataset, names):
+        return prompts.lint(json.loads((SHARED / file).read_text()), names, dataset)
+
+    def found(checked, kind):
+        return [f.class_name for f in checked.findings if f.kind == kind]
+
+    food = [n.replace("_", " ") for n in json.loads((SHARED / "wca/food101/classes.json").read_text())]
+    assert len(found(lint("clip-d/descriptors_food101.json", "food101", food), "empty")) == 5
+    places = [k.replace("_", " ").replace("-", " ") for k in prompts.read(SHARED / "clip-d/descriptors_places365.json")]
+    assert found(lint("clip-d/descriptors_places365.json", "places365", places), "empty") == ["corn field"]
+    assert len(found(lint("wca/place365/cupl.json", "places365", places), "tie")) == 21
+    texture = json.loads((SHARED / "wca/dtd/classes.json").read_text())
+    assert found(lint("cupl/texture_prompts_full.json", "dtd", texture), "order")
