@@ -67,6 +67,7 @@ CHOICES = {
     "gamma": ("raw", "batch"),
     "tuning": ("layernorm", "lora", "k-adaptation"),
 }
+FIXED = {"descriptions": wca.class_means, "mean": clip.class_means}
 KRONECKER = 4
 """t, the number and side of K-Adaptation's shared matrices."""
 
@@ -353,8 +354,7 @@ def adapt(
     tuned = tune(student.visual, tuning, rank, seed)
     trained = {"anchors": anchors, **{f"visual.{name}": weight for name, weight in tuned.items()}}
     optimiser = torch.optim.AdamW(trained.values(), learning_rate, weight_decay=weight_decay)
-    fixed = {"descriptions": wca.class_means, "mean": clip.class_means}.get(classifier)
-    fixed = fixed and fixed(text).to(device)
+    fixed = None if classifier == "anchors" else FIXED[classifier](text).to(device)
     strong = strong or strong_augmentation(encoder.image_size)
     logit_scale = encoder.logit_scale if logit_scale is None else logit_scale
 
