@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -69,7 +73,12 @@ def versus(measured: pd.DataFrame, paper: str, table: str | None = None) -> pd.D
         "off by +1.2", "not run here", "cited, not run" or "inconsistent in print".
     """
     ours = measured.rename(columns={"value": "ours", "std": "ours_std"})[[*KEYS, "ours", "ours_std", "n"]]
-    ours = ours.drop_duplicates(KEYS, keep="last").astype({"ours": float, "ours_std": float, "n": float})
+    unnamed = ours[(ours.paper == "D&D") & (ours.backbone == "RN50")].assign(backbone="")  # the digest names none
+    ours = (
+        pd.concat([ours, unnamed])
+        .drop_duplicates(KEYS, keep="last")
+        .astype({"ours": float, "ours_std": float, "n": float})
+    )
     frame = published(paper, table).merge(ours, on=KEYS, how="left")
     frame["difference"] = frame.ours - frame.value
     frame["tolerance"] = [
@@ -80,11 +89,70 @@ def versus(measured: pd.DataFrame, paper: str, table: str | None = None) -> pd.D
     return frame
 
 
+def _cited(method: str) -> bool:
+    return method.split(" ")[0] in CITED or "CODER" in method
+
+
 def _status(line) -> str:
-    if line.method.split(" ")[0] in CITED or "CODER" in line.method:
+    if _cited(line.method):
         return "cited, not run"
     if line.note:
         return "inconsistent in print"
     if line.ours != line.ours:
         return "not run here"
     return "reproduced" if abs(line.difference) <= line.tolerance else f"off by {line.difference:+.1f}"
+
+
+@cache
+def backbones() -> pd.DataFrame:
+    """The papers' backbones: as printed, open_clip's name and tag, the hub's repository, D, GFLOPs a picture."""
+    return pd.read_csv(paths.PUBLISHED / "backbones.csv")
+
+
+def backbone_label(name: str, pretrained: str = "") -> str:
+    """A backbone as the papers print it: ("ViT-B-32-quickgelu", "openai") -> "ViT-B/32"; others keep their name."""
+    for line in backbones().itertuples():
+        if (line.name, line.pretrained) == (name.replace("/", "-"), pretrained):
+            return line.backbone
+    return name
+
+
+def account(covered: pd.DataFrame) -> pd.DataFrame:
+    """What becomes of every published value, in one place.
+
+    Args:
+        covered: rows of paper, table, method, dataset and backbone that the parameter files run
+
+    Returns:
+        `published()` with the column account: "cited only" (a rival that is not run), "inconsistent" (the paper
+        disagrees with itself), "runnable", or "" where no file fills it. An average is runnable when a file runs its
+        table's data sets; D&D's digest names no backbone, so any counts.
+    """
+    frame = published()
+    have = {tuple(row) for row in covered[KEYS[:5]].itertuples(index=False)}
+    have |= {(p, t, m, "average", b) for p, t, m, _, b in have}
+    have |= {(p, t, m, d, "") for p, t, m, d, b in have if p == "D&D"}
+    frame["account"] = [
+        "cited only" if _cited(line.method) else "inconsistent" if line.note else "runnable" if key in have else ""
+        for line, key in zip(frame.itertuples(), frame[KEYS[:5]].itertuples(index=False, name=None))
+    ]
+    return frame
+
+
+def write(measured: pd.DataFrame, folder: Path) -> list[Path]:
+    """One table a paper, as `<paper>.csv` and `<paper>.html` (everything escaped).
+
+    Args:
+        measured: rows of `metrics.csv`
+        folder: is made if need be
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for paper, name in PAPERS.items():
+        table = versus(measured, paper).drop(columns=["paper"])
+        written += [folder / f"{name}.csv", folder / f"{name}.html"]
+        table.to_csv(written[-2], index=False)
+        page = table.to_html(index=False, na_rep="", float_format="{:.2f}".format, escape=True)
+        title = f"<title>{html.escape(paper)}: paper versus ours</title>"
+        written[-1].write_text(f'<!doctype html>\n<meta charset="utf-8">{title}\n{page}\n', encoding="utf-8")
+    return written
