@@ -125,12 +125,19 @@ def account(covered: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `published()` with the column account: "cited only" (a rival that is not run), "inconsistent" (the paper
-        disagrees with itself), "runnable", or "" where no file fills it. An average is runnable when a file runs its
-        table's data sets; D&D's digest names no backbone, so any counts.
+        disagrees with itself), "runnable", or "" where no file fills it. An average is runnable when all of
+        its row's data sets are; D&D's digest names no backbone, so any counts.
     """
     frame = published()
     have = {tuple(row) for row in covered[KEYS[:5]].itertuples(index=False)}
-    have |= {(p, t, m, "average", b) for p, t, m, _, b in have}
+    parts = {tuple(row[:3]) + (row[4],): set() for row in frame[KEYS[:5]].itertuples(index=False, name=None)}
+    for p, t, m, d, b in frame[KEYS[:5]].itertuples(index=False, name=None):
+        parts[p, t, m, b] |= {d} - {"average"}
+    have |= {
+        (p, t, m, "average", b)
+        for p, t, m, _, b in have.copy()
+        if all((p, t, m, d, b) in have for d in parts.get((p, t, m, b), ()))
+    }
     have |= {(p, t, m, d, "") for p, t, m, d, b in have if p == "D&D"}
     frame["account"] = [
         "cited only" if _cited(line.method) else "inconsistent" if line.note else "runnable" if key in have else ""

@@ -1,0 +1,69 @@
+"""Every published value has a run that fills it, or a reason in one place."""
+
+import pytest
+
+from upclose import compare, doctor, params, paths
+from upclose.datasets import registry
+
+SHEETS = doctor.sheets()
+TABLES = {"lgca": 1, "lazsl": 4, "dnd": 3, "fair": 10, "lare": 4}
+
+
+def test_one_file_a_table():
+    found = [name.partition("-")[0] for name in SHEETS]
+    assert {paper: found.count(paper) for paper in TABLES} == TABLES
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_cells_name_data_sets_protocols_and_backbones_that_exist(name):
+    sheet = SHEETS[name]
+    cells = list(doctor.cells(sheet))
+    assert cells
+    for values in cells:
+        entry = registry.entry(values["dataset"], values.get("protocol"))
+        assert entry.test
+        if sheet.notebook == "04_fair":
+            assert entry.train
+        label = compare.backbone_label(values["backbone"], values["pretrained"])
+        assert label != values["backbone"], "not a backbone of the papers"
+        assert values.get("alpha", 0) <= values.get("beta", 1)
+        assert values.get("top_k", 0) <= values.get("crops", 99)
+        assert sheet.reproduces == f"{doctor.PAPER_OF[sheet.notebook]} {values['table']}"
+    head = (paths.PARAMS / "papers" / f"{name}.yaml").read_text()
+    assert head.startswith(f"# upclose run params/papers/{name}.yaml")
+    assert "Not run here." in head
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_notebooks_take_these_parameters(name):
+    if not (paths.NOTEBOOKS / f"{SHEETS[name].notebook}.ipynb").is_file():
+        pytest.skip(f"notebook {SHEETS[name].notebook} is not there yet")
+    jobs = params.jobs(paths.PARAMS / "papers" / f"{name}.yaml")
+    assert len(jobs) == len(list(doctor.cells(SHEETS[name])))
+
+
+def test_the_papers_exceptions():
+    alpha = {v["dataset"]: v["alpha"] for v in doctor.cells(SHEETS["lgca-table1"])}
+    assert alpha == {"oxford-pets": 0.5, "cub": 0.5, "dtd": 0.5, "food101": 0.5, "places365": 0.7}
+    rate = {v["dataset"]: v["learning_rate"] for v in doctor.cells(SHEETS["fair-table1"])}
+    assert {name for name, value in rate.items() if value == 1e-6} == {"food101", "sun397"}
+    assert set(rate.values()) == {1e-4, 1e-6}
+    samples = {v["dataset"]: v["samples"] for v in doctor.cells(SHEETS["lare-table1"])}
+    assert samples == {"cub-painting": 5, "domainnet-40": 40}
+    assert {v["samples"] for v in doctor.cells(SHEETS["lare-table2"])} == {3}
+
+
+def test_every_published_value_is_accounted_for():
+    frame = compare.account(doctor.covered())
+    counts = frame.account.value_counts().to_dict()
+    print(f"published values: {len(frame)} = " + " + ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+    left = frame[frame.account == ""]
+    assert left.empty, left[compare.KEYS].to_string()
+    assert set(counts) == {"runnable", "cited only", "inconsistent"}
+    assert sum(counts.values()) == len(frame) == len(compare.published())
+
+
+def test_a_value_without_a_run_would_be_noticed():
+    lost = doctor.covered().query("not (paper == 'LGCA' and dataset == 'cub')")
+    frame = compare.account(lost)
+    assert len(frame[(frame.account == "") & (frame.dataset == "cub")]) == 14
