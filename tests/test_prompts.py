@@ -147,7 +147,7 @@ def published(tmp_path, monkeypatch):
 
 
 def test_fetch_asks_for_the_pinned_commit(published):
-    source, calls = published
+    _, calls = published
     assert prompts.load("clip-d", "mine", "test", ["a"]) == {"a": ["a, which has red beak."]}
     assert calls == [f"https://raw.githubusercontent.com/o/r/{'0' * 40}/d/x.json"]
 

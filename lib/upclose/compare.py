@@ -130,12 +130,12 @@ def account(covered: pd.DataFrame) -> pd.DataFrame:
     """
     frame = published()
     have = {tuple(row) for row in covered[KEYS[:5]].itertuples(index=False)}
-    parts = {tuple(row[:3]) + (row[4],): set() for row in frame[KEYS[:5]].itertuples(index=False, name=None)}
+    parts: dict[tuple, set[str]] = {}
     for p, t, m, d, b in frame[KEYS[:5]].itertuples(index=False, name=None):
-        parts[p, t, m, b] |= {d} - {"average"}
+        parts.setdefault((p, t, m, b), set()).update({d} - {"average"})
     have |= {
         (p, t, m, "average", b)
-        for p, t, m, _, b in have.copy()
+        for p, t, m, _, b in have
         if all((p, t, m, d, b) in have for d in parts.get((p, t, m, b), ()))
     }
     have |= {(p, t, m, d, "") for p, t, m, d, b in have if p == "D&D"}

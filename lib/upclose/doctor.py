@@ -195,7 +195,7 @@ def paper_tables(rate: float) -> list[dict[str, Any]]:
 
 def machine() -> dict[str, Any]:
     """Versions, device, space, weights, data sets and prompts of this machine."""
-    cuda = torch.cuda.is_available()
+    cuda, files = torch.cuda.is_available(), prompts.published()
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -210,7 +210,7 @@ def machine() -> dict[str, Any]:
             "birdlets": "drawn by the program",
             **{f"{n} ({p})": missing_data(n, "test", p) or "here" for n, p in registry.entries()},
         },
-        "prompts": f"{sum(prompts.local(f).is_file() for f in prompts.published())} of {len(prompts.published())} files here",
+        "prompts": f"{sum(prompts.local(f).is_file() for f in files)} of {len(files)} files here",
         "results": str(paths.results()),
     }
 

@@ -239,7 +239,7 @@ def which(descriptor: str) -> str:
     """The relative clause of a descriptor: "which is a seabird", "which has long legs", "which can fly".
 
     Source: Menon and Vondrick (CLIP-D); LaZSL section 4.1, "which (is/has/etc) {attribute}".
-    Deviates: neither paper says when "is" and when "has"; an article or "used" takes "is", a verb stays, the rest "has".
+    Deviates: neither paper says when "is" and when "has"; an article or "used" takes "is", a verb stays, else "has".
     """
     first = descriptor.split(" ", 1)[0].lower()
     if first in ("has", "have", "is", "are", "often", "typically", "usually", "may", "can"):
