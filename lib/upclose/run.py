@@ -122,7 +122,7 @@ def ingredients(job: Job) -> tuple[dict[str, str], list[str]]:
     """The hashes that name a run, and a sentence for each thing that this machine lacks."""
     values, missing = job.values, []
     hashes = {"code": _code(), "prompts": _prompts(), "notebook": _notebook(job.notebook)}
-    backbones = values.get("backbones") or ([values["backbone"]] if "backbone" in values else [])
+    backbones = values.get("backbones") or [values[k] for k in ("backbone", "second_backbone") if values.get(k)]
     for name in backbones:
         try:
             hashes[f"weights {name}"] = _weights(name, values.get("pretrained", ""))
