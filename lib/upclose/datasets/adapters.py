@@ -169,10 +169,15 @@ def _aircraft(folder: Path, split: str, entry: Entry) -> Items:
     return Items(*_torchvision(tv.FGVCAircraft, folder, part, depth=2))
 
 
+def _mat(file: Path, field: str) -> np.ndarray:
+    with file.open("rb") as opened:
+        return scipy.io.loadmat(opened)[field]
+
+
 def _flowers(folder: Path, split: str, entry: Entry) -> Items:
     field = {"train": "trnid", "validation": "valid", "test": "tstid"}[split]
-    ids = scipy.io.loadmat(folder / "setid.mat")[field].ravel()
-    label = scipy.io.loadmat(folder / "imagelabels.mat")["labels"].ravel()
+    ids = _mat(folder / "setid.mat", field).ravel()
+    label = _mat(folder / "imagelabels.mat", "labels").ravel()
     names = tv.Flowers102.classes
     if (described := folder / "cat_to_name.json").is_file():
         table = json.loads(described.read_text(encoding="utf-8"))
