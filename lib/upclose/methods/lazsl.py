@@ -188,9 +188,9 @@ def _without_massless(crop: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(views: Views, text: Text, result: Tensor) -> Iterator[tuple[Views, Tensor]]:
-    """The images, with their rows of `result`, in pieces of at most `PAIRS` crop-attribute pairs."""
+    """The images, with their rows of `result`, in pieces whose pairs and crop embeddings number at most `PAIRS`."""
     pairs = PAIRS["cpu" if views.crop.device.type == "cpu" else "device"]
-    step = max(1, pairs // (views.crop.shape[1] * len(text.description)))
+    step = max(1, pairs // (views.crop.shape[1] * sum(text.description.shape)))
     for start in range(0, len(views.image), step):
         piece = slice(start, start + step)
         yield Views(views.image[piece], views.crop[piece]), result[piece]
