@@ -72,6 +72,13 @@ FIELDS: dict[str, Any] = {
     "cache_alphas": _some(Positive),
     "cache_betas": _some(NotNegative),
     "capacity": Count,
+    "classes": Count,
+    "top_k": Count,
+    "top_ks": _some(Count),
+    "epochs": Count,
+    "batch_size": Count,
+    "learning_rate": Positive,
+    "learning_rates": _some(Positive),
     "seed": Seed,
     "seeds": _some(Seed),
 }
