@@ -79,6 +79,13 @@ FIELDS: dict[str, Any] = {
     "batch_size": Count,
     "learning_rate": Positive,
     "learning_rates": _some(Positive),
+    "samples": Count,
+    "box_alpha": Annotated[float, Field(ge=0, le=1)],
+    "box_alphas": _some(Annotated[float, Field(ge=0, le=1)]),
+    "sample_counts": _some(Count),
+    "shares": _some(Share),
+    "kept": _some(Count),
+    "train_dataset": str,
     "seed": Seed,
     "seeds": _some(Seed),
 }
