@@ -23,7 +23,14 @@ from upclose import compare, datasets, encode, params, paths, prompts
 from upclose.datasets import registry
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
-PAPER_OF = {"01_lgca": "LGCA", "02_lazsl": "LaZSL", "03_dnd": "D&D", "04_fair": "FAIR", "05_lare": "LARE"}
+PAPER_OF = {
+    "01_lgca": "LGCA",
+    "02_lazsl": "LaZSL",
+    "03_dnd": "D&D",
+    "04_fair": "FAIR",
+    "05_lare": "LARE",
+    "ablations/lare": "LARE",
+}
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 _NO_SENTENCES = (
     "CLIP",
@@ -144,7 +151,7 @@ def encodings(notebook: str, values: dict[str, Any]) -> tuple[int, tuple]:
         trained = sum(not re.match(r"CLIP|CuPL|WCA \(", method) for method in values["methods"])
         run = entry.train * values["epochs"] * (crops + 1 + _BACKWARD) * len(values["seeds"]) * trained
         return run + tests, (*bank, values["table"], str(values.get("setting")), str(values.get("top_k")))
-    if notebook == "05_lare":
+    if PAPER_OF[notebook] == "LARE":
         source = registry.entry(values["train_dataset"]) if values.get("train_dataset") else entry
         return source.train + source.validation + tests + (source.test if source != entry else 0), bank[:4]
     seeds, steps = len(values["crop_seeds"]), _LADDER if notebook == "01_lgca" else 1
