@@ -17,7 +17,7 @@ def test_one_file_a_table():
 @pytest.mark.parametrize("name", SHEETS)
 def test_cells_name_data_sets_protocols_and_backbones_that_exist(name):
     sheet = SHEETS[name]
-    cells = list(doctor.cells(sheet))
+    cells = [values for _, values in params.cells(sheet)]
     assert cells
     for values in cells:
         entry = registry.entry(values["dataset"], values.get("protocol"))
@@ -39,18 +39,18 @@ def test_notebooks_take_these_parameters(name):
     if not (paths.NOTEBOOKS / f"{SHEETS[name].notebook}.ipynb").is_file():
         pytest.skip(f"notebook {SHEETS[name].notebook} is not there yet")
     jobs = params.jobs(paths.PARAMS / "papers" / f"{name}.yaml")
-    assert len(jobs) == len(list(doctor.cells(SHEETS[name])))
+    assert len(jobs) == len(list(params.cells(SHEETS[name])))
 
 
 def test_the_papers_exceptions():
-    alpha = {v["dataset"]: v["alpha"] for v in doctor.cells(SHEETS["lgca-table1"])}
+    alpha = {v["dataset"]: v["alpha"] for _, v in params.cells(SHEETS["lgca-table1"])}
     assert alpha == {"oxford-pets": 0.5, "cub": 0.5, "dtd": 0.5, "food101": 0.5, "places365": 0.7}
-    rate = {v["dataset"]: v["learning_rate"] for v in doctor.cells(SHEETS["fair-table1"])}
+    rate = {v["dataset"]: v["learning_rate"] for _, v in params.cells(SHEETS["fair-table1"])}
     assert {name for name, value in rate.items() if value == 1e-6} == {"food101", "sun397"}
     assert set(rate.values()) == {1e-4, 1e-6}
-    samples = {v["dataset"]: v["samples"] for v in doctor.cells(SHEETS["lare-table1"])}
+    samples = {v["dataset"]: v["samples"] for _, v in params.cells(SHEETS["lare-table1"])}
     assert samples == {"cub-painting": 5, "domainnet-40": 40}
-    assert {v["samples"] for v in doctor.cells(SHEETS["lare-table2"])} == {3}
+    assert {v["samples"] for _, v in params.cells(SHEETS["lare-table2"])} == {3}
 
 
 def test_every_published_value_is_accounted_for():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -47,16 +46,6 @@ _LADDER = 6  # steps of LGCA with 100 crops
 _BACKWARD = 3  # encodings that a training step costs beside its crops
 
 
-def cells(sheet: params.Sheet) -> Iterator[dict[str, Any]]:
-    """The values of every cell of a parameter file's grid, as the file says them; no notebook is needed."""
-    for cell in itertools.product(*sheet.grid.values()):
-        values = {**sheet.parameters, **dict(zip(sheet.grid, cell))}
-        for case in sheet.exceptions:
-            if all(values.get(name) == value for name, value in case.when.items()):
-                values |= case.set
-        yield values
-
-
 def sheets() -> dict[str, params.Sheet]:
     """The parameter files of the published tables, by name."""
     return {file.stem: params.read(file) for file in sorted((paths.PARAMS / "papers").glob("*.yaml"))}
@@ -67,7 +56,7 @@ def covered() -> pd.DataFrame:
     rows = [
         (PAPER_OF[sheet.notebook], v["table"], method, v["dataset"], _label(v))
         for sheet in sheets().values()
-        for v in cells(sheet)
+        for _, v in params.cells(sheet)
         for method in v["methods"]
     ]
     return pd.DataFrame(rows, columns=compare.KEYS[:5]).drop_duplicates(ignore_index=True)
@@ -168,7 +157,7 @@ def paper_tables(rate: float) -> list[dict[str, Any]]:
     facts = compare.backbones().set_index(["name", "pretrained"])
     out = []
     for name, sheet in sheets().items():
-        todo, missing, seconds, disk, total = list(cells(sheet)), {}, 0.0, 0.0, 0
+        todo, missing, seconds, disk, total = [values for _, values in params.cells(sheet)], {}, 0.0, 0.0, 0
         banks: dict[tuple, tuple[int, Any]] = {}
         for values in todo:
             model = values["backbone"], values["pretrained"]

@@ -6,7 +6,7 @@ import ast
 import difflib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -231,6 +231,27 @@ def override(text: str) -> tuple[str, Any]:
     return name.strip(), yaml.safe_load(value)
 
 
+def cells(sheet: Sheet, fixed: dict[str, Any] | None = None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every cell of a grid, as the file says it; no notebook is needed.
+
+    Args:
+        sheet: a parameter file
+        fixed: name -> value that hold for every cell; the grid does not sweep them
+
+    Yields:
+        what the grid sweeps, and all values that the file gives
+    """
+    fixed = fixed or {}
+    grid = {name: values for name, values in sheet.grid.items() if name not in fixed}
+    for cell in itertools.product(*grid.values()):
+        swept = dict(zip(grid, cell))
+        values = {**sheet.parameters, **swept}
+        for case in sheet.exceptions:
+            if all(values.get(name) == value for name, value in case.when.items()):
+                values |= case.set
+        yield swept, values | fixed
+
+
 def jobs(file: Path, overrides: dict[str, Any] | None = None) -> list[Job]:
     """Every cell of a parameter file's grid, checked.
 
@@ -241,26 +262,16 @@ def jobs(file: Path, overrides: dict[str, Any] | None = None) -> list[Job]:
     Raises:
         ParameterError: see `read` and `check`; nothing has been computed then
     """
-    overrides = overrides or {}
     sheet = read(file)
     notebook = notebook_path(sheet.notebook)
-    grid = {name: values for name, values in sheet.grid.items() if name not in overrides}
     for case in sheet.exceptions:
         if unknown := set(case.when) - set(sheet.grid) - set(sheet.parameters):
-            raise ParameterError(
-                f"{file}: an exception asks for {sorted(unknown)[0]!r}, which the file neither sets nor sweeps"
-            )
-    out = []
-    for cell in itertools.product(*grid.values()):
-        swept = dict(zip(grid, cell))
-        values = {**sheet.parameters, **swept}
-        for case in sheet.exceptions:
-            if all(values.get(name) == value for name, value in case.when.items()):
-                values |= case.set
-        values = check(notebook, {**values, **overrides}, str(file))
-        words = [_slug(value) for value in swept.values()]
-        out.append(Job("-".join([_slug(Path(file).stem), *words]), notebook, values))
-    return out
+            name = sorted(unknown)[0]
+            raise ParameterError(f"{file}: an exception asks for {name!r}, which the file neither sets nor sweeps")
+    return [
+        Job("-".join(map(_slug, [Path(file).stem, *swept.values()])), notebook, check(notebook, values, str(file)))
+        for swept, values in cells(sheet, overrides)
+    ]
 
 
 def _slug(value: Any) -> str:

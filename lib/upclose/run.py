@@ -114,8 +114,8 @@ def _weights(backbone: str, pretrained: str) -> str:
 
 
 @cache
-def _data(dataset: str, split: str) -> str:
-    return datasets.load(dataset, split).fingerprint
+def _data(dataset: str, split: str, protocol: str | None) -> str:
+    return datasets.load(dataset, split, protocol=protocol).fingerprint
 
 
 def ingredients(job: Job) -> tuple[dict[str, str], list[str]]:
@@ -130,7 +130,7 @@ def ingredients(job: Job) -> tuple[dict[str, str], list[str]]:
             missing.append(str(error))
     if "dataset" in values:
         try:
-            hashes["data"] = _data(values["dataset"], values.get("split", "test"))
+            hashes["data"] = _data(values["dataset"], values.get("split", "test"), values.get("protocol") or None)
         except (ValueError, OSError, RuntimeError) as error:
             missing.append(str(error))
     return hashes, missing
