@@ -31,7 +31,9 @@ def lab(tmp_path, monkeypatch):
 
     def make(body=BODY, text="notebook: small\n"):
         cells = [nbformat.v4.new_code_cell(CELL, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "small.ipynb")
+        kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+        book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+        nbformat.write(book, tmp_path / "notebooks" / "small.ipynb")
         file = tmp_path / "small.yaml"
         file.write_text(text)
         return file

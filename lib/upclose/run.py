@@ -201,7 +201,9 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
     partial.mkdir(parents=True)
     (partial / "params.yaml").write_text(yaml.safe_dump(job.values, sort_keys=False))
     os.environ["UPCLOSE_RUN"] = str(partial)
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    log = partial / "kernel.log"
+    with log.open("w") as file:  # what the kernel says beside the notebook
+        os.dup2(file.fileno(), 2)
     start = time.time()
     try:
         papermill.execute_notebook(
@@ -221,7 +223,7 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     facts = partial / "facts.json"
     content = {
-        "notebook": job.notebook.relative_to(paths.NOTEBOOKS).as_posix(),
+        "notebook": os.path.relpath(job.notebook, paths.NOTEBOOKS),
         "hash": item.hash,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -236,6 +238,7 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
         "peak_memory_bytes": peak,
     }
     facts.unlink(missing_ok=True)
+    log.unlink()
     with (partial / "run.json").open("w") as file:
         json.dump(content, file, indent=1)
         file.flush()

@@ -74,7 +74,7 @@ class Birdlets:
         self.key = [f"{split}/{part}/{i:06d}" for part in self.domain_names for i in range(n)]
         facts = (_code(), seed, tuple(knobs), self.class_names, self.key, self.label.tolist())
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-        self._draw = lru_cache(maxsize=64)(self._draw)
+        self._draw = lru_cache(maxsize=2048)(self._draw)  # 160 MB of pictures: crop sets read them again
 
     def __len__(self) -> int:
         return len(self.key)
