@@ -116,16 +116,16 @@ def sentences(species: tuple[Species, ...], n: int = 8) -> dict[str, list[str]]:
         rng = seeds.rng(WORLD_SEED, "sentences", bird.name)
         said = list(phrases(bird.traits).values())
         lines = []
-        for i in range(n):
+        while len(lines) < n:
             one, two, three = (said[int(k)] for k in rng.choice(len(said), 3, replace=False))
-            lines.append(
-                (
-                    f"a {bird.name} has {one}, {two} and {three}.",
-                    f"the {bird.name} is {_a(bird.traits.body)} {bird.traits.family} with {one} and {two}.",
-                    f"a photo of a {bird.name} with {one} and {two}.",
-                    f"a {bird.name} is a bird with {one}.",
-                )[i % 4]
-            )
+            line = (
+                f"a {bird.name} has {one}, {two} and {three}.",
+                f"the {bird.name} is {_a(bird.traits.body)} {bird.traits.family} with {one} and {two}.",
+                f"a photo of a {bird.name} with {one} and {two}.",
+                f"a {bird.name} is a bird with {one}.",
+            )[len(lines) % 4]
+            if line not in lines:
+                lines.append(line)
         out[bird.name] = lines
     return out
 
