@@ -8,7 +8,7 @@ import pytest
 
 from upclose import params, paths
 
-BOOKS = sorted(p for p in paths.NOTEBOOKS.rglob("*.ipynb") if "checkpoint" not in str(p))
+BOOKS = sorted(p for p in paths.NOTEBOOKS.rglob("*.ipynb") if not {"drafts", ".ipynb_checkpoints"} & set(p.parts))
 PAPERS = [p for p in BOOKS if p.parent == paths.NOTEBOOKS]
 CALLED = [p for p in BOOKS if p.parent.name != "solutions"]
 
