@@ -1,4 +1,5 @@
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import transforms
 
-from upclose import crops
+from upclose import crops, paths
 from upclose.features import Plan
 
-PHOTOS = Path("/work/shared/photos")
+PHOTOS = Path(os.environ.get("UPCLOSE_SHARED", paths.ROOT.parent / "shared")) / "photos"
 MEAN, STD = torch.tensor(crops.MEAN).view(3, 1, 1), torch.tensor(crops.STD).view(3, 1, 1)
 
 
