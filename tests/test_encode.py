@@ -617,3 +617,12 @@ def test_pictures_and_boxes_that_do_not_fit(encoder, pictures, boxes):
     with pytest.raises(TypeError, match=r"list of sentences: give \['a bird'\]"):
         encoder.encode_text("a bird")
     assert not sizes
+
+
+def test_identity_downloads_nothing_and_is_the_fingerprint_of_what_is_here(monkeypatch):
+    monkeypatch.setattr(encode.sources, "find", lambda *_: pytest.fail("published weights were looked for"))
+    assert encode.identity("ViT-B-32-quickgelu", "openai") == "ViT-B-32-quickgelu:openai"
+    monkeypatch.undo()
+    assert encode.identity("birdlets-tiny") == encode.load("birdlets-tiny", device="cpu").fingerprint
+    with pytest.raises(ValueError, match="no-such-model"):
+        encode.identity("no-such-model", "openai")

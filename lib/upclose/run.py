@@ -110,7 +110,7 @@ def _notebook(path: Path) -> str:
 
 @cache
 def _weights(backbone: str, pretrained: str) -> str:
-    return encode.load(backbone, pretrained or None, device="cpu").fingerprint
+    return encode.identity(backbone, pretrained or None)
 
 
 @cache

@@ -280,6 +280,21 @@ def load(
     return Encoder(sources.find(name, pretrained), name, device, precision, compile, batch_size)
 
 
+def identity(name: str, pretrained: str | os.PathLike | None = None) -> str:
+    """What tells weights apart before they are used: their fingerprint, or "name:tag" where they come from the network.
+
+    Args:
+        name: as in `load`
+        pretrained: as in `load`
+
+    Raises:
+        ValueError, FileNotFoundError: as `load`, for what is not there
+    """
+    if sources.is_published(name, pretrained):
+        return f"{name}:{pretrained}"
+    return load(name, pretrained, "cpu").fingerprint
+
+
 def embed_text(
     encoder: Encoder,
     label: Sequence[str | Sequence[str]],

@@ -47,6 +47,12 @@ def find(name: str, pretrained: str | os.PathLike | None) -> Parts:
     return _birdlets(name, pretrained) or _self_described(name, pretrained) or _from_open_clip(name, pretrained)
 
 
+def is_published(name: str, pretrained: str | os.PathLike | None) -> bool:
+    """Whether these are weights that open_clip would download: a model and one of its tags."""
+    name = os.fspath(name).replace("/", "-")
+    return name in open_clip.list_models() and pretrained in open_clip.list_pretrained_tags_by_model(name)
+
+
 def _birdlets(name: str, pretrained: str | os.PathLike | None) -> Parts | None:
     """One of the repository's own models, by name or by a safetensors file with its JSON beside it."""
     described = not pretrained and Path(name).suffix == ".safetensors" and Path(name).with_suffix(".json").is_file()
