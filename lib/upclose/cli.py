@@ -12,8 +12,8 @@ import pandas as pd
 EPILOG = """examples
   upclose run params/birdlets/00_start_here.yaml            one notebook on the embedded world
   upclose run params/birdlets/*.yaml --workers 2            several, two at a time
-  upclose run params/papers/lgca-table1.yaml --dry-run      what a published table would take here
-  upclose run params/papers/lgca-table1.yaml -p dataset=cub -p device=cuda
+  upclose run params/papers/lare-table1.yaml --dry-run      what a published table would take here
+  upclose run params/papers/lare-table1.yaml -p dataset=cub-painting -p device=cuda
   upclose bank ls                                           encoded features on this machine
   upclose doctor                                            what this machine can run, and what is missing
 
