@@ -50,10 +50,11 @@ class Outcome(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A job and what is known before it starts: its hash, an earlier complete run, or what is missing here."""
+    """A job and what is known before it starts: its hash and what went in, an earlier complete run, what is missing."""
 
     job: Job
     hash: str
+    hashes: dict[str, str]
     complete: Path | None
     missing: str
 
@@ -151,7 +152,7 @@ def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False) -> 
         facts = json.dumps([job.values, hashes], sort_keys=True, default=str)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
         found = [] if force else sorted(root.glob(f"*/{job.name}-{digest}/run.json"))
-        plans.append(Plan(job, digest, found[-1].parent if found else None, "; ".join(missing)))
+        plans.append(Plan(job, digest, hashes, found[-1].parent if found else None, "; ".join(missing)))
     return plans
 
 
@@ -231,7 +232,7 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
         "packages": {package: metadata.version(package) for package in PACKAGES},
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
-        "hashes": ingredients(job)[0],
+        "hashes": item.hashes,
         "seeds": {key: value for key, value in job.values.items() if "seed" in key},
         **(json.loads(facts.read_text()) if facts.exists() else {}),
         "seconds": round(seconds, 1),
