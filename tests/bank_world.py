@@ -6,7 +6,6 @@ Run as a program it builds a bank in a process of its own: `python bank_world.py
 import hashlib
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ class FakeEncoder:
 
     precision, image_size, batch_size, dim = "fp32", 4, 64, 16
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    _parts = SimpleNamespace(squash=False)
+    device, squash = torch.device("cpu"), False
 
     def __init__(self, seed=0):
         self.fingerprint = f"fake-{seed}"

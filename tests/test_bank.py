@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,7 +128,7 @@ class Changed(FakeEncoder):
         (FakeDataset(), Changed(mean=(0.5, 0.5, 0.4)), PLAN, "float16"),
         (FakeDataset(), Changed(std=(0.5, 0.5, 0.4)), PLAN, "float16"),
         (FakeDataset(), Changed(batch_size=65), PLAN, "float16"),
-        (FakeDataset(), Changed(_parts=SimpleNamespace(squash=True)), PLAN, "float16"),
+        (FakeDataset(), Changed(squash=True), PLAN, "float16"),
         (FakeDataset(), FakeEncoder(), PLAN, "float32"),
         *[
             (FakeDataset(), FakeEncoder(), PLAN._replace(**change), "float16")
@@ -310,6 +309,18 @@ def test_the_bar_counts_crops(tmp_path, capfd):
     assert "crop/s" in shown
     build(tmp_path / "quiet")
     assert "120" not in capfd.readouterr().err  # no terminal, no bar
+
+
+def test_processes_decode_what_threads_decode():
+    dataset = FakeDataset(10, unreadable=[3])
+    here, there = (list(shards.decode(dataset, PLAN, range(10), processes)) for processes in (False, True))
+    for a, b in zip(here, there, strict=True):
+        assert (a.error is None) == (b.error is None)
+        if a.error:
+            assert str(a.error) == str(b.error)
+        else:
+            assert torch.equal(a.pixels, b.pixels)
+            assert torch.equal(a.box, b.box)
 
 
 def test_pictures_are_decoded_at_most_two_batches_ahead():

@@ -278,7 +278,7 @@ def _identity(dataset: Dataset, encoder: object, plan: Plan, dtype: str) -> dict
             "image_size": int(encoder.image_size),
             "mean": [float(x) for x in encoder.mean],
             "std": [float(x) for x in encoder.std],
-            "squash": bool(encoder._parts.squash),
+            "squash": bool(encoder.squash),
         },
         "preprocessing": shards.PREPROCESSING,
         "plan": {**plan._asdict(), "scale": [float(x) for x in plan.scale], "factor": float(plan.factor)},

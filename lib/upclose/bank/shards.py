@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from upclose.images import ImageError
 
 BATCH = 8  # images that are handed to the encoder together; part of a bank's key
 PREPROCESSING = 1  # part of a bank's key: raise it when `crops` or `images` give other pixels than before
-THREADS = min(8, os.cpu_count() or 1)  # that decode while the encoder works
+DECODERS = min(8, os.cpu_count() or 1)  # that decode while the encoder works
 DTYPE = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -68,7 +70,7 @@ def make(
         ValueError: a picture is unreadable and on_error is "raise", or the encoder's numbers are not finite
     """
     positions = [i for start, stop in ranges for i in range(start, stop)]
-    pictures = decode(dataset, plan, positions)
+    pictures = decode(dataset, plan, positions, processes=encoder.device.type != "cpu")
     entries = []
     for start, stop in ranges:
         parts, index, errors = [], [], {}
@@ -106,26 +108,52 @@ def entry(start: int, stop: int, content: bytes, errors: dict[int, str]) -> dict
     }
 
 
-def decode(dataset: Dataset, plan: Plan, positions: Iterable[int]) -> Iterator[Picture]:
-    """The pictures at these positions, in order, decoded by threads that stay at most two batches ahead."""
+def decode(dataset: Dataset, plan: Plan, positions: Iterable[int], processes: bool = False) -> Iterator[Picture]:
+    """The pictures at these positions, in order, decoded ahead by at most two batches.
 
-    def load(i: int) -> Picture:
-        try:
-            pixels = dataset.load(i)
-        except ImageError as error:
-            return Picture(None, None, error)
-        except Exception as error:
-            error.add_note(f"while loading picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split})")
-            raise
-        return Picture(pixels, crops.plan_boxes(plan, *pixels.shape[-2:], dataset.key[i]))
-
+    Args:
+        dataset: as in `bank.build`
+        plan: as in `bank.build`
+        positions: of the pictures
+        processes: decode in processes of their own, which take seconds to start and leave this one to the encoder;
+            otherwise in threads, which is best where the encoder takes the processor's cores itself
+    """
     positions = iter(positions)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with _decoders(dataset, plan, processes) as pool:
+        load = _load_here if processes else partial(_load, dataset, plan)
         ahead = deque(pool.submit(load, i) for i in islice(positions, 2 * BATCH))
         while ahead:
             picture = ahead.popleft().result()
             ahead.extend(pool.submit(load, i) for i in islice(positions, 1))
             yield picture
+
+
+def _decoders(dataset: Dataset, plan: Plan, processes: bool) -> Executor:
+    if processes:
+        return ProcessPoolExecutor(DECODERS, multiprocessing.get_context("spawn"), _keep, (dataset, plan))
+    return ThreadPoolExecutor(DECODERS)
+
+
+def _keep(dataset: Dataset, plan: Plan) -> None:
+    """In a decoding process: what every picture needs is sent to it once."""
+    global _load_kept
+    torch.set_num_threads(1)
+    _load_kept = partial(_load, dataset, plan)
+
+
+def _load_here(i: int) -> Picture:
+    return _load_kept(i)
+
+
+def _load(dataset: Dataset, plan: Plan, i: int) -> Picture:
+    try:
+        pixels = dataset.load(i)
+    except ImageError as error:
+        return Picture(None, None, error)
+    except Exception as error:
+        error.add_note(f"while loading picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split})")
+        raise
+    return Picture(pixels, crops.plan_boxes(plan, *pixels.shape[-2:], dataset.key[i]))
 
 
 def encode(pictures: list[Picture], encoder: object, cls: bool, dtype: torch.dtype) -> dict[str, Tensor]:

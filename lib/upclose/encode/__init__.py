@@ -36,6 +36,7 @@ class Encoder:
         tokenize: list of L strings -> (L, context length) int64
         image_size: S
         mean, std: per channel, of pixels in [0, 1]
+        squash: the whole image is resized to S x S without regard to its shape, not cut to a square
         device, precision: where and in which arithmetic (autocast) the model runs
         batch_size: crops encoded at once
     """
@@ -56,6 +57,7 @@ class Encoder:
         self.tokenize = parts.tokenize
         self.image_size = parts.image_size
         self.mean, self.std = tuple(parts.mean), tuple(parts.std)
+        self.squash = parts.squash
         self.precision = precision
         self.batch_size = batch_size or _default_batch_size(self.image_size, self.device)
         self._parts = parts
@@ -201,7 +203,7 @@ class Encoder:
 
     def _whole(self, picture: Tensor) -> Tensor:
         facts = {"size": self.image_size, "mean": self.mean, "std": self.std}
-        if self._parts.squash:
+        if self.squash:
             height, width = picture.shape[1:]
             return crops.extract(self._move(picture), torch.tensor([[0.0, 0.0, width, height]]), **facts)
         return crops.whole(self._move(picture), **facts)[None]
