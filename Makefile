@@ -27,7 +27,7 @@ reproduce: $(VENV)/.ready  ## run the numbered notebooks on Birdlets into result
 	$(BIN)/upclose run $(NUMBERED:notebooks/%.ipynb=params/birdlets/%.yaml)
 
 ablations: $(VENV)/.ready  ## run the ablation and complexity notebooks
-	$(if $(OTHERS),$(BIN)/upclose run $(OTHERS:notebooks/%.ipynb=params/birdlets/%.yaml),@echo "all ablations are drafts: see params/drafts")
+	$(BIN)/upclose run $(OTHERS:notebooks/%.ipynb=params/birdlets/%.yaml)
 
 test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
 
 test-all: test  ## the same and the slow tests
 	$(BIN)/python -m pytest -m 'slow'
-	$(if $(OTHERS),$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg $(OTHERS))
+	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg $(OTHERS)
 
 bench: $(VENV)/.ready  ## benchmarks, as ratios measured in one run
 	@for file in tests/benchmarks/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file || exit 1; done
