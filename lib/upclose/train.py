@@ -15,6 +15,7 @@ import multiprocessing
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +33,10 @@ from upclose.encode import tiny
 from upclose.encode.tiny import CLIP
 
 DRAWERS = 2  # processes that draw
-THREADS = 1  # of the training: at this size two models side by side cost less than one on two threads
+THREADS = 2  # of the training
 BLOCK = 500  # pictures that a worker draws at a time
 KEEP = 200  # steps between two checkpoints
+MUON = 2.0  # the rate of hidden matrices over that of everything else
 
 
 class Recipe(NamedTuple):
@@ -61,9 +63,9 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "full": Recipe(pictures=60_000, steps=2600),
-    "half": Recipe(pictures=40_000, steps=1400),
-    "mini": Recipe(pictures=5_000, steps=180, warmup=30, measure=360),
+    "full": Recipe(pictures=60_000, steps=2000),
+    "half": Recipe(pictures=40_000, steps=600),
+    "mini": Recipe(pictures=4_000, steps=160, batch=128, warmup=30, measure=240),
 }
 
 
@@ -115,10 +117,10 @@ def _draw_block(folder: Path, seed: int, start: int, stop: int, whole: bool) -> 
 
 
 def batch_rows(pictures: int, views: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """The views of a step: whole groups of siblings, one view a picture.
+    """The views of a step, one view a picture.
 
-    A pass is a new permutation of the groups, whose incomplete last batch is left out; `views` passes show each view of
-    a picture once.
+    A pass is a new permutation of the pictures, whose incomplete last batch is left out; `views` passes show each view
+    of a picture at most once.
 
     Args:
         pictures: in the pool
@@ -130,11 +132,8 @@ def batch_rows(pictures: int, views: int, batch: int, seed: int, step: int) -> n
     Returns:
         (batch,) rows of the pool
     """
-    siblings = birdlets.TRAIN_SIBLINGS
-    groups, size = pictures // siblings, batch // siblings
-    round, position = divmod(step, groups // size)
-    chosen = seeds.rng(seed, "order", round).permutation(groups)[position * size : (position + 1) * size]
-    picture = (chosen[:, None] * siblings + np.arange(siblings)).ravel()
+    round, position = divmod(step, pictures // batch)
+    picture = seeds.rng(seed, "order", round).permutation(pictures)[position * batch : (position + 1) * batch]
     epoch, turn = divmod(round, views)
     view = (seeds.rng(seed, "views", epoch).integers(views, size=pictures)[picture] + turn) % views
     return picture * views + view
@@ -183,13 +182,19 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.rate * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup))) / 2
 
 
-def optimiser(model: CLIP, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but no norm, bias, embedding or logit scale."""
-    decayed, free = [], []
+def optimisers(model: CLIP, recipe: Recipe) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """Muon for the matrices of the blocks, AdamW for the rest; norms, biases, embeddings and logit scale do not decay.
+
+    Each group says in `times` what it takes the learning rate times.
+    """
+    hidden, decayed, free = [], [], []
     for name, weight in model.named_parameters():
-        (free if weight.ndim < 2 or "embedding" in name else decayed).append(weight)
+        fixed = weight.ndim < 2 or "embedding" in name
+        (free if fixed else hidden if "resblocks" in name else decayed).append(weight)
     groups = [{"params": decayed, "weight_decay": recipe.decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=True)
+    adam = torch.optim.AdamW([group | {"times": 1.0} for group in groups], betas=(0.9, 0.98), fused=True)
+    matrices = [{"params": hidden, "times": MUON}]
+    return torch.optim.Muon(matrices, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"), adam
 
 
 def step_loss(model: CLIP, pixels: np.ndarray, tokens: np.ndarray) -> Tensor:
@@ -218,10 +223,10 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
     Returns:
         the curve, one row every `KEEP` steps: step, mean loss since the last row, minutes, and what `measure` says
     """
-    adam = optimiser(model, recipe)
+    descent = optimisers(model, recipe)
     curve: list[dict] = []
     if checkpoint is not None and checkpoint.is_file():
-        curve = _restore(checkpoint, model, adam)
+        curve = _restore(checkpoint, model, descent)
         print(f"  going on from step {curve[-1]['step']} ({checkpoint})", flush=True)
     first, spent = (curve[-1]["step"], curve[-1]["minutes"]) if curve else (0, 0.0)
     started, losses = time.monotonic(), []
@@ -229,11 +234,12 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
         rows = np.sort(batch_rows(recipe.pictures, len(pool.pixels) // recipe.pictures, recipe.batch, seed, step))
         pixels = jitter(pool.pixels[rows], recipe.shift, seeds.rng(seed, "jitter", step))
         loss = step_loss(model.train(), pixels, pool.tokens[rows])
-        adam.zero_grad()
+        model.zero_grad()
         loss.backward()
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        adam.step()
+        for optimiser in descent:
+            for group in optimiser.param_groups:
+                group["lr"] = group["times"] * learning_rate(recipe, step)
+            optimiser.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         losses.append(loss.item())
@@ -244,29 +250,31 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
             losses = []
             print("  " + ", ".join(f"{key} {value:.4g}" for key, value in curve[-1].items()), flush=True)
             if checkpoint is not None:
-                _keep(checkpoint, model, adam, curve)
+                _keep(checkpoint, model, descent, curve)
     return curve
 
 
-def _keep(checkpoint: Path, model: CLIP, adam: torch.optim.AdamW, curve: list[dict]) -> None:
+def _keep(checkpoint: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer], curve: list[dict]) -> None:
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    for i, state in adam.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
+    for o, optimiser in enumerate(descent):
+        for i, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"{o}.{i}.{key}": value for key, value in state.items()}
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     tiny.write(checkpoint, save(tensors, metadata={"curve": json.dumps(curve)}))
 
 
-def _restore(checkpoint: Path, model: CLIP, adam: torch.optim.AdamW) -> list[dict]:
+def _restore(checkpoint: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer]) -> list[dict]:
     with safe_open(checkpoint, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         curve = json.loads(file.metadata()["curve"])
-    model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("adam."):
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
-    adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
+    model.load_state_dict({key[6:]: tensors.pop(key) for key in list(tensors) if key.startswith("model.")})
+    for o, optimiser in enumerate(descent):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            which, i, name = key.split(".")
+            if which == str(o):
+                state.setdefault(int(i), {})[name] = value
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     return curve
 
 
@@ -326,7 +334,7 @@ def model_card(name: str, recipe: Recipe, seed: int, curve: list[dict], sha256: 
             "| --- | --- |",
             *(f"| {key} | {value} |" for key, value in recipe._asdict().items() if key != "measure"),
             f"| seed | {seed} |",
-            f"| minutes on {THREADS} thread, without drawing | {curve[-1]['minutes']:.1f} |",
+            f"| minutes on {THREADS} threads, without drawing | {curve[-1]['minutes']:.1f} |",
             f"| image tower | {config['vision_cfg']} |",
             f"| text tower | {config['text_cfg']} |",
             f"| torch | {torch.__version__} |",
