@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
+NBVAL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg -n 2 --dist loadscope
 NUMBERED := $(sort $(wildcard notebooks/0*.ipynb))
 OTHERS := $(sort $(wildcard notebooks/ablations/*.ipynb notebooks/complexity/*.ipynb))
 
@@ -24,21 +25,21 @@ $(VENV)/.ready: pyproject.toml Makefile
 	@touch $@
 
 reproduce: $(VENV)/.ready  ## run the numbered notebooks on Birdlets into results/<date>/
-	$(BIN)/upclose run $(NUMBERED:notebooks/%.ipynb=params/birdlets/%.yaml)
+	$(BIN)/upclose run --workers 2 $(NUMBERED:notebooks/%.ipynb=params/birdlets/%.yaml)
 
 ablations: $(VENV)/.ready  ## run the ablation and complexity notebooks
-	$(BIN)/upclose run $(OTHERS:notebooks/%.ipynb=params/birdlets/%.yaml)
+	$(BIN)/upclose run --workers 2 $(OTHERS:notebooks/%.ipynb=params/birdlets/%.yaml)
 
 test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg $(NUMBERED) notebooks/solutions
+	$(NBVAL) $(NUMBERED)
 
-test-all: test  ## the same and the slow tests
+test-all: test  ## the same, the slow tests, and nbval over solutions and ablations
 	$(BIN)/python -m pytest -m 'slow'
-	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg $(OTHERS)
+	$(NBVAL) notebooks/solutions $(OTHERS)
 
 bench: $(VENV)/.ready  ## benchmarks, as ratios measured in one run
 	@for file in tests/benchmarks/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file || exit 1; done

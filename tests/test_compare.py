@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from upclose import compare
+from upclose import cli, compare
 
 
 def row(value, n=1000, std=0.0, **changes):
@@ -23,9 +23,11 @@ def printed():
 
 
 def test_tolerance_is_two_standard_errors_of_images_and_crop_sets():
-    assert compare.tolerance(50, 2500, 0, 0) == pytest.approx(1.96)
-    assert compare.tolerance(50, 2500, 1, np.nan) == pytest.approx(1.96 * np.sqrt(2))
-    assert compare.tolerance(50, 0, 3, 4) == pytest.approx(1.96 * 5)
+    assert compare.sampling_variance(50, 2500) == 1
+    assert compare.sampling_variance(50, 0) == 0
+    assert compare.tolerance(1, 0, 0) == pytest.approx(1.96)
+    assert compare.tolerance(1, 1, np.nan) == pytest.approx(1.96 * np.sqrt(2))
+    assert compare.tolerance(0, 3, 4) == pytest.approx(1.96 * 5)
 
 
 def test_status_of_a_value():
@@ -74,6 +76,49 @@ def test_averages_need_every_data_set_of_their_row():
     assert (full.account == "runnable").sum() == 5
 
 
+SHIFT = {"paper": "LaZSL", "table": "Table 2", "backbone": "ViT-B/16", "setting": "domain shift"}
+SHIFTED = {"imagenet-v2": 60.0, "imagenet-r": 74.0, "imagenet-sketch": 46.0, "imagenet-a": 50.0}
+
+
+def average(measured, paper="LaZSL", table="Table 2", **where):
+    frame = compare.versus(pd.DataFrame(measured), paper, table)
+    for column, wanted in ({"method": "CLIP", "dataset": "average"} | where).items():
+        frame = frame[frame[column] == wanted]
+    return frame.squeeze()
+
+
+def test_an_average_is_filled_from_its_cells():
+    cells = [row(v, n=1000, std=2.0, dataset=d, **SHIFT) for d, v in SHIFTED.items()]
+    line = average(cells)
+    assert line.value == 57.2
+    assert line.ours == 57.5  # (60 + 74 + 46 + 50) / 4
+    assert line.n == 4000
+    assert line.ours_std == pytest.approx(1.0)  # sqrt(4 * 2^2) / 4
+    # (60*40 + 74*26 + 46*54 + 50*50) / 1000 = 9.308 points squared, over 4^2
+    assert line.tolerance == pytest.approx(1.96 * np.sqrt(9.308 / 16 + 1))
+    assert line.status == "reproduced"
+    assert average([cell | {"value": cell["value"] + 9} for cell in cells]).status == "off by +9.3"
+    assert np.isnan(average([cell | {"std": np.nan} for cell in cells]).ours_std)
+    assert average(cells, method="LaZSL").status == "inconsistent in print"
+
+
+def test_an_average_without_all_of_its_cells_is_incomplete():
+    cells = [row(v, dataset=d, **SHIFT) for d, v in SHIFTED.items()]
+    line = average(cells[:3])
+    assert line.status == "incomplete: 3 of 4 data sets"
+    assert np.isnan(line.ours)
+    assert average([*cells[:3], row(99, dataset="cub", **SHIFT)]).status == "incomplete: 3 of 4 data sets"
+    assert average([row(1, dataset="average", **SHIFT)]).status == "not run here"
+    assert average([c | {"setting": "zero-shot"} for c in cells]).status == "not run here"
+
+
+def test_an_average_that_is_printed_alone_says_over_how_many():
+    keys = {"paper": "FAIR", "table": "Table 5", "method": "FAIR", "setting": "S_i only"}
+    cells = [row(70.0 + k, dataset=d, **keys) for k, d in enumerate(("dtd", "eurosat", "cub", "aid", "food101", "x"))]
+    assert average(cells, **keys).ours == 72.5
+    assert average(cells[:5], **keys).status == "incomplete: 5 of 6 data sets"
+
+
 def test_a_table_a_paper_is_written_and_escaped(tmp_path):
     files = compare.write(pd.DataFrame([row(printed())]), tmp_path / "tables")
     assert [f.name for f in files[:2]] == ["lgca.csv", "lgca.html"]
@@ -84,3 +129,30 @@ def test_a_table_a_paper_is_written_and_escaped(tmp_path):
     assert "S_i and |S_i - S_j|" in fair
     assert "<title>D&amp;D" in (tmp_path / "tables" / "dnd.html").read_text()
     assert "<script" not in fair
+
+
+def test_complete_runs_are_collected_and_the_newest_counts(tmp_path, capsys):
+    for day, name, value in (
+        ("2026-01-02", "b", printed()),
+        ("2026-01-01", "a", 1.0),
+        ("2026-01-03", ".partial-c", 2.0),
+    ):
+        folder = tmp_path / day / name
+        folder.mkdir(parents=True)
+        pd.DataFrame([row(value, std=np.nan, setting="zero-shot"), row(value, setting="")]).to_csv(
+            folder / "metrics.csv", index=False
+        )
+        if name != ".partial-c":
+            (folder / "run.json").write_text("{}")
+    frame = compare.collect(tmp_path)
+    assert frame.value.tolist() == [1.0, 1.0, printed(), printed()]
+    assert frame.setting.tolist() == ["zero-shot", ""] * 2
+    assert status(frame) == "reproduced"
+    assert cli.main(["compare", "--results", str(tmp_path)]) == 0
+    assert "reproduced" in capsys.readouterr().out
+    assert (pd.read_csv(tmp_path / "compare" / "lgca.csv").status == "reproduced").sum() == 1
+
+
+def test_nothing_to_compare_is_one_sentence(tmp_path, capsys):
+    assert cli.main(["compare", "--results", str(tmp_path)]) == 2
+    assert "no complete run" in capsys.readouterr().err

@@ -58,6 +58,28 @@ def test_registry_agrees_with_the_papers_counts():
         assert entry.get
 
 
+def test_coops_counts_follow_its_rules():
+    official = {name: registry.entry(name, "official") for name in ("dtd", "food101", "flowers102", "oxford-pets")}
+    official |= {name: registry.entry(name, "official") for name in ("stanford-cars", "ucf101", "fgvc-aircraft")}
+    coop = {name: registry.entry(name, "coop") for name in (*official, "caltech101", "eurosat", "sun397")}
+    everything = {name: e.train + e.validation + e.test for name, e in official.items()} | {"eurosat": 27000}
+    for name in ("dtd", "food101", "eurosat", "flowers102"):  # of every class a half, a fifth and the rest
+        assert coop[name].train + coop[name].validation + coop[name].test == everything[name]
+    for name in ("dtd", "food101", "eurosat"):  # whose classes can be divided so
+        assert coop[name].train == everything[name] // 2
+        assert coop[name].validation == everything[name] // 5
+    for name in ("oxford-pets", "stanford-cars", "ucf101"):  # a fifth of the training images, to half an image a class
+        assert coop[name].test == official[name].test
+        assert coop[name].train + coop[name].validation == official[name].train
+        assert abs(coop[name].validation - official[name].train / 5) <= coop[name].classes / 2
+    for name in ("caltech101", "flowers102"):
+        whole = coop[name].train + coop[name].validation + coop[name].test
+        assert abs(coop[name].train - whole / 2) <= coop[name].classes / 2
+        assert abs(coop[name].validation - whole / 5) <= coop[name].classes / 2
+    assert (coop["sun397"].train, coop["sun397"].validation) == (397 * 40, 397 * 10)
+    assert coop["fgvc-aircraft"].train + coop["fgvc-aircraft"].validation == official["fgvc-aircraft"].train
+
+
 def test_imagenet_names_are_distinct_and_in_folder_order():
     classes = registry.imagenet_classes()
     assert list(classes) == sorted(classes)

@@ -30,28 +30,54 @@ def test_json_of_the_tables(capsys):
     table = lines["lgca-table1"]
     assert table["runs"] == 20
     assert not table["ready"]
-    assert any("weights of ViT-B/16" in what for what in table["missing"])
-    assert any(what.startswith("places365 (official)") for what in table["missing"])
-    assert any("cupl of dtd" in what for what in table["missing"])
+    assert set(table["needs"]) == {"weights", "data", "prompts", "notebook"}
+    assert set(table["needs"]["weights"]) == {"ViT-B/32", "ViT-B/16"}
+    assert len(table["needs"]["data"]) == 5
+    assert "huggingface.co" in table["needs"]["weights"]["ViT-B/16"]
+    assert any(what.startswith("data places365 (official): ") for what in table["missing"])
+    assert any(what.startswith("prompts cupl of dtd: https://") for what in table["missing"])
     assert table["command"] == "upclose run params/papers/lgca-table1.yaml"
     assert all(line["hours"] > 0 for line in lines.values())
     assert sum(facts["published_values"].values()) == len(compare.published())
 
 
+def test_the_page_of_the_tables_names_each_with_its_command(capsys, tmp_path):
+    trees.make(tmp_path / "data", "dtd")
+    assert doctor.main(tables=True) == 0
+    page = capsys.readouterr().out
+    for name, sheet in doctor.sheets().items():
+        assert f"\n{sheet.reproduces}: not ready\n  upclose run params/papers/{name}.yaml\n" in page
+    lgca = page.split("\nLGCA Table 1")[1].split("\n\n")[0]
+    assert "data     here: dtd (official)\n" in lgca
+    assert "data     missing: oxford-pets (official), cub (official), food101" in lgca
+    assert "20 runs" in lgca
+    fewshot = page.split("\nD&D Table 3")[1].split("\n\n")[0]
+    assert "prompts  not published: clip-d of caltech101, clip-d of sun397, clip-d of ucf101" in fewshot
+    assert max(map(len, page.splitlines())) < 400
+
+
+def test_a_folder_without_coops_split_file_is_not_its_data_set(tmp_path):
+    trees.make(tmp_path / "data", "food101")
+    assert doctor.missing_data("food101") == ""
+    assert "split_zhou_Food101.json" in doctor.missing_data("food101", "coop")
+    trees.make(tmp_path / "data", "dtd", "coop")
+    assert doctor.missing_data("dtd", "coop") == ""
+
+
 def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
-    assert doctor.missing_data("oxford-pets", "test")
+    assert doctor.missing_data("oxford-pets")
     trees.make(tmp_path / "data", "oxford-pets")
-    assert doctor.missing_data("oxford-pets", "test") == ""
-    assert doctor.missing_weights("ViT-B-32-quickgelu", "openai").startswith("weights of ViT-B/32: https://")
+    assert doctor.missing_data("oxford-pets") == ""
+    assert doctor.missing_weights("ViT-B-32-quickgelu", "openai").startswith("https://huggingface.co/")
     monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: "/somewhere")
     assert doctor.missing_weights("ViT-B-32-quickgelu", "openai") == ""
     assert doctor.missing_weights("birdlets-tiny", "") == ""
     file = prompts.local(prompts.find("cupl", "dtd"))
-    assert doctor.missing_prompts(["CuPL"], "dtd")
+    assert "github.com" in doctor.missing_prompts(["CuPL"], "dtd")["cupl of dtd"]
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    assert doctor.missing_prompts(["CuPL"], "dtd") == []
-    assert doctor.missing_prompts(["CLIP"], "dtd") == []
+    assert doctor.missing_prompts(["CuPL"], "dtd") == {"cupl of dtd": ""}
+    assert doctor.missing_prompts(["CLIP"], "dtd") == {}
 
 
 def test_encodings_are_counted():

@@ -376,12 +376,14 @@ def test_compiled_gives_the_same(pictures, boxes):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("layout", ["pt", "module", "wrapped", "script", "safetensors"])
+@pytest.mark.parametrize("layout", ["pt", "module", "wrapped", "script", "openai safetensors", "safetensors"])
 def test_checkpoints_load_into_the_right_architecture_and_activation(registry, pictures, layout):
     source = clip(quick_gelu=True)
-    path = registry / ("x.safetensors" if layout == "safetensors" else "x.pt")
+    path = registry / ("x.safetensors" if layout.endswith("safetensors") else "x.pt")
     if layout == "safetensors":
         save_file(source.state_dict(), path)
+    elif layout == "openai safetensors":
+        save_file(openai_layout(source), path)
     elif layout == "script":
         for name, value in openai_layout(source).items():
             if name in ("input_resolution", "context_length", "vocab_size"):
@@ -409,6 +411,42 @@ def test_checkpoints_load_into_the_right_architecture_and_activation(registry, p
     alone = encode.load(str(path), device="cpu")
     assert alone.fingerprint == encoder.fingerprint
     assert alone.image_size == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_openais_layout_of_vit_b_32_is_known_by_its_shapes(tmp_path, suffix):
+    name = "ViT-B-32-quickgelu"
+    source = open_clip.create_model(name, pretrained_text=False).eval()
+    state = {key: value.half() for key, value in source.state_dict().items()}  # as it was published
+    state |= {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77)}
+    state |= {"vocab_size": torch.tensor(49408)}
+    path = tmp_path / f"ViT-B-32{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(ValueError, match=r"with QuickGELU.*load\('ViT-B-32-quickgelu', pretrained="):
+        encode.load("ViT-B-32", pretrained=path, device="cpu")
+    named, alone = encode.load(name, pretrained=path, device="cpu"), encode.load(str(path), device="cpu")
+    assert named.fingerprint == alone.fingerprint
+    x = torch.randn(1, 3, 224, 224)
+    for encoder in (named, alone):
+        tower = encoder.visual.transformer
+        assert (tower.width, tower.layers, encoder.dim, encoder.image_size) == (768, 12, 512, 224)
+        assert tower.resblocks[0].attn.num_heads == 12
+        assert encoder.visual.conv1.weight.shape == (768, 3, 32, 32)
+        activations = [type(m) for m in encoder.model.modules() if isinstance(m, (QuickGELU, nn.GELU))]
+        assert activations == [QuickGELU] * 24  # 12 layers of either tower
+        assert (encoder.features(x) @ source.encode_image(x, normalize=True).T).item() > 0.999
+
+
+def test_openais_layout_of_another_shape(registry):
+    wide = openai_layout(clip(quick_gelu=True, vision_cfg={**VISION, "width": 128}))
+    torch.save(wide, registry / "x.pt")
+    with pytest.raises(ValueError, match=r"does not fit 'small-quickgelu' \(visual.*\(128,\) and not \(64,\)"):
+        encode.load("small-quickgelu", registry / "x.pt", device="cpu")
+    wide["visual.ln_post.weight"] = wide["visual.ln_post.weight"][:64].clone()
+    save_file(wide, registry / "x.safetensors")
+    with pytest.raises(ValueError, match=r"begins like OpenAI's layout but is not whole \(.*ln_post"):
+        encode.load(str(registry / "x.safetensors"), device="cpu")
 
 
 def test_a_gelu_checkpoint_loads_with_gelu(registry):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from upclose import paths, prompts
+from upclose import birdlets, paths, prompts
 from upclose.birdlets import held_out
+from upclose.datasets import registry
 
 SHARED = Path(os.environ.get("UPCLOSE_SHARED", paths.ROOT.parent / "shared")) / "prompts"
 NAMES = ["Black footed Albatross", "mew", "crane"]
@@ -186,7 +187,17 @@ def test_registry_of_published_files():
 def test_templates():
     assert prompts.templates("dtd")[0] == "a photo of a {} texture."
     assert prompts.templates("cub-painting") == prompts.templates("cub")
-    assert prompts.templates("caltech101") == (prompts.TEMPLATE,)
+    assert prompts.templates("aid") == (prompts.TEMPLATE,)
+    assert prompts.templates("birdlets") == birdlets.TEMPLATES  # the training's vocabulary is made of them
+
+
+def test_ensembles_are_as_long_as_clips_and_each_has_one_place_for_the_name():
+    ensembles = json.loads((paths.PUBLISHED / "templates.json").read_text())
+    counts = {"cub": 1, "oxford-pets": 1, "food101": 1, "places365": 2, "dtd": 8, "eurosat": 3, "resisc45": 18}
+    counts |= {"flowers102": 1, "fgvc-aircraft": 2, "stanford-cars": 8, "sun397": 2, "ucf101": 48, "cifar100": 18}
+    assert {name: len(set(rows)) for name, rows in ensembles.items()} == counts | {"caltech101": 34, "birdlets": 7}
+    assert {row.count("{}") for rows in ensembles.values() for row in rows} == {1}
+    assert set(ensembles) <= {*registry.names(), "birdlets"}
 
 
 def test_question_and_answers_go_round():
@@ -211,6 +222,13 @@ def test_published_files_are_those_of_the_registry():
     hashes = {f.sha256 for f in prompts.published()}
     for file in [*SHARED.glob("clip-d/*.json"), *SHARED.glob("cupl/*.json")]:
         assert hashlib.sha256(file.read_bytes()).hexdigest() in hashes, file.name
+
+
+@real
+@pytest.mark.parametrize("name", ["cub", "dtd", "eurosat", "food101", "oxford-pets", "places365"])
+def test_ensembles_are_those_of_the_released_files(name):
+    released = SHARED / "wca" / Path(prompts.find("clip-e", name).path).relative_to("prompts")
+    assert prompts.templates(name) == tuple(json.loads(released.read_text()))
 
 
 @real

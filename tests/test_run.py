@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,14 @@ def test_a_notebook_that_fails_is_not_complete_and_others_go_on(lab, capsys):
     assert run.plan(params.jobs(file))[0].complete is None
 
 
+def test_a_kernel_that_dies_fails_its_run_only(lab):
+    file = lab("import os\nif images == 1:\n    os._exit(9)\n", "notebook: small\ngrid: {images: [1, 2]}\n")
+    first, second = run.execute(run.plan(params.jobs(file)))
+    assert (first.status, second.status) == ("failed", "done")
+    assert "Kernel died" in first.error
+    assert not (first.folder / "run.json").exists()
+
+
 def test_dry_run_computes_and_writes_nothing(lab, capsys):
     assert cli.main(["run", str(lab()), "--dry-run"]) == 0
     assert "would run" in capsys.readouterr().out
@@ -131,3 +140,15 @@ def test_interrupted_runs_are_not_complete_and_the_next_call_goes_on(lab, tmp_pa
     (tmp_path / "go").write_text("")
     outcomes = run.execute(run.plan(params.jobs(file)))
     assert [outcome.status for outcome in outcomes] == ["complete", "done"]
+
+
+def test_another_ensemble_or_word_list_is_another_run(tmp_path, monkeypatch):
+    shutil.copytree(paths.PUBLISHED, tmp_path / "published")
+    monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "published")
+    before = run._prompts.__wrapped__()
+    assert run._prompts.__wrapped__() == before
+    for name in ("templates.json", "words.txt"):
+        with (tmp_path / "published" / name).open("a") as file:
+            file.write(" ")
+        assert run._prompts.__wrapped__() != before
+        before = run._prompts.__wrapped__()

@@ -1,4 +1,4 @@
-"""The command line: `upclose run`, `upclose bank`, `upclose doctor`."""
+"""The command line: `upclose run`, `upclose compare`, `upclose bank`, `upclose doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ EPILOG = """examples
   upclose run params/birdlets/*.yaml --workers 2            several, two at a time
   upclose run params/papers/lare-table1.yaml --dry-run      what a published table would take here
   upclose run params/papers/lare-table1.yaml -p dataset=cub-painting -p device=cuda
+  upclose compare                                           the papers' tables with what the runs measured
   upclose bank ls                                           encoded features on this machine
   upclose doctor                                            what this machine can run, and what is missing
 
@@ -50,6 +51,19 @@ def _run(options: argparse.Namespace) -> int:
     for page in sorted(pages):
         print(f"page: {page}")
     return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from upclose import compare, paths
+
+    root = options.results or paths.results()
+    measured = compare.collect(root)
+    for file in compare.write(measured, options.out or root / "compare"):
+        print(file)
+    tables = pd.concat([compare.versus(measured, paper) for paper in compare.PAPERS])
+    kind = tables.status.str.extract("^(off by|incomplete)", expand=False).fillna(tables.status)
+    print(tables.groupby(["paper", "table", kind]).size().unstack(fill_value=0).to_string())
+    return 0
 
 
 def _bank(options: argparse.Namespace) -> int:
@@ -145,6 +159,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--ray", metavar="ADDRESS", help="an existing Ray cluster: auto, HOST:PORT, or local to start one")
     run.add_argument("--results", type=Path, help="results folder (default: UPCLOSE_RESULTS, else results/)")
     run.set_defaults(function=_run)
+
+    compare = commands.add_parser("compare", help="write the papers' tables with what complete runs measured beside")
+    compare.add_argument("--results", type=Path, help="results folder (default: UPCLOSE_RESULTS, else results/)")
+    compare.add_argument("--out", type=Path, help="folder of the tables (default: compare/ in the results folder)")
+    compare.set_defaults(function=_compare)
 
     bank = commands.add_parser("bank", help="encode data sets, list, check and remove what is encoded")
     actions = bank.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from upclose import paths
 
 PAPERS = {"LGCA": "lgca", "LaZSL": "lazsl", "D&D": "dnd", "FAIR": "fair", "LARE": "lare"}
 KEYS = ["paper", "table", "method", "dataset", "backbone", "setting", "metric"]
+ROW = [key for key in KEYS if key != "dataset"]
 CITED = (
     "UPL",
     "POUF",
@@ -32,6 +34,14 @@ CITED = (
 )
 
 
+def _read(file: Path) -> pd.DataFrame:
+    """A table in which an empty cell is an empty string, but in the columns of numbers."""
+    frame = pd.read_csv(file, keep_default_na=False)
+    for column in {"value", "std", "n"} & set(frame):
+        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    return frame
+
+
 def published(paper: str | None = None, table: str | None = None) -> pd.DataFrame:
     """The numbers that a paper prints.
 
@@ -43,9 +53,7 @@ def published(paper: str | None = None, table: str | None = None) -> pd.DataFram
         ValueError: no such paper or table
     """
     files = [paths.PUBLISHED / f"{name}.csv" for name in PAPERS.values()]
-    frame = pd.concat([pd.read_csv(file, keep_default_na=False) for file in files])
-    for column in ("value", "std"):
-        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    frame = pd.concat([_read(file) for file in files])
     for column, wanted in (("paper", paper), ("table", table)):
         if wanted is not None:
             if wanted not in set(frame[column]):
@@ -54,39 +62,103 @@ def published(paper: str | None = None, table: str | None = None) -> pd.DataFram
     return frame.reset_index(drop=True)
 
 
-def tolerance(value: float, n: float, std: float, published_std: float) -> float:
-    """By how many points two honest measurements may differ: 1.96 standard errors, of n images and of the crop sets."""
-    sampling = value * (100 - value) / n if n > 0 else 0.0
-    return 1.96 * float(np.sqrt(sampling + np.nan_to_num(std) ** 2 + np.nan_to_num(published_std) ** 2))
+def collect(root: Path) -> pd.DataFrame:
+    """The rows of `metrics.csv` of every complete run below a results folder, the oldest first: see `versus`.
+
+    Raises:
+        FileNotFoundError: there is none
+    """
+    runs = sorted(root.glob("*/*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
+    if not (tables := [file.with_name("metrics.csv") for file in runs if file.with_name("metrics.csv").is_file()]):
+        raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
+    return pd.concat([_read(file) for file in tables], ignore_index=True)
+
+
+def sampling_variance(value: float, n: float) -> float:
+    """The variance, in points squared, of an accuracy of `value` per cent over n images; 0 where n is not known."""
+    return value * (100 - value) / n if n > 0 else 0.0
+
+
+def tolerance(variance: float, std: float, published_std: float) -> float:
+    """By how many points two honest measurements may differ: 1.96 standard errors, of the images and of the crop sets.
+
+    Args:
+        variance: see `sampling_variance`
+        std: of our crop sets, NaN for a single one
+        published_std: NaN where none is printed
+    """
+    return 1.96 * float(np.sqrt(variance + np.nan_to_num(std) ** 2 + np.nan_to_num(published_std) ** 2))
+
+
+def averages(printed: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
+    """The average column of a table, from our cells.
+
+    Args:
+        printed: rows of `published`. A row's average is over the data sets that it prints; where it prints the average
+            alone, its title says over how many ("Average of 6")
+        ours: KEYS, ours, ours_std, n and variance, one line a cell
+
+    Returns:
+        A line for every printed average of which at least one cell was measured: KEYS, and
+        ours: the plain mean over the data sets, NaN unless all of them were measured
+        ours_std, variance: of that mean, the cells being independent
+        n: images in all
+        gap: "3 of 6 data sets" where some are missing, else ""
+    """
+    cells = dict(list(ours.groupby(ROW)))
+    parts = {row: set(lines.dataset) for row, lines in printed[printed.dataset != "average"].groupby(ROW)}
+    out = []
+    for line in printed[printed.dataset == "average"].to_dict("records"):
+        row = tuple(line[key] for key in ROW)
+        found = cells.get(row, ours[:0])
+        found = found[found.dataset.isin(parts.get(row, found.dataset))]
+        wanted = len(parts[row]) if row in parts else int(re.search(r"\d+", line["title"])[0])
+        if found.empty:
+            continue
+        whole = len(found) == wanted
+        facts = {
+            "ours": found.ours.mean() if whole else np.nan,
+            "ours_std": np.sqrt((found.ours_std**2).sum(min_count=1)) / wanted if whole else np.nan,
+            "n": found.n.sum() if whole else np.nan,
+            "variance": found.variance.sum() / wanted**2,
+            "gap": "" if whole else f"{len(found)} of {wanted} data sets",
+        }
+        out.append({key: line[key] for key in KEYS} | facts)
+    return pd.DataFrame(out, columns=[*KEYS, "ours", "ours_std", "n", "variance", "gap"])
 
 
 def versus(measured: pd.DataFrame, paper: str, table: str | None = None) -> pd.DataFrame:
     """Every published value of a table with ours beside it.
 
     Args:
-        measured: rows of `metrics.csv`
+        measured: rows of `metrics.csv`; of two rows for one cell the last counts
         paper: see `published`
         table: see `published`
 
     Returns:
         The published rows with columns ours, ours_std, n, difference, tolerance and status: "reproduced",
-        "off by +1.2", "not run here", "cited, not run" or "inconsistent in print".
+        "off by +1.2", "not run here", "incomplete: 3 of 6 data sets" (an average), "cited, not run" or
+        "inconsistent in print".
     """
+    printed = published(paper, table)
     ours = measured.rename(columns={"value": "ours", "std": "ours_std"})[[*KEYS, "ours", "ours_std", "n"]]
+    ours = ours[ours.dataset != "average"]  # it is computed here, from cells that can be looked at
     unnamed = ours[(ours.paper == "D&D") & (ours.backbone == "RN50")].assign(backbone="")  # the digest names none
     ours = (
         pd.concat([ours, unnamed])
         .drop_duplicates(KEYS, keep="last")
         .astype({"ours": float, "ours_std": float, "n": float})
     )
-    frame = published(paper, table).merge(ours, on=KEYS, how="left")
+    ours["variance"] = [sampling_variance(value, n) for value, n in zip(ours.ours, ours.n)]
+    ours = pd.concat([ours.assign(gap=""), averages(printed, ours)])
+    frame = printed.merge(ours, on=KEYS, how="left").fillna({"gap": ""})
     frame["difference"] = frame.ours - frame.value
     frame["tolerance"] = [
-        tolerance(o, n, s, p) if o == o else np.nan
-        for o, n, s, p in zip(frame.ours, frame.n, frame.ours_std, frame["std"])
+        tolerance(v, s, p) if o == o else np.nan
+        for o, v, s, p in zip(frame.ours, frame.variance, frame.ours_std, frame["std"])
     ]
     frame["status"] = [_status(line) for line in frame.itertuples()]
-    return frame
+    return frame.drop(columns=["variance", "gap"])
 
 
 def _cited(method: str) -> bool:
@@ -98,6 +170,8 @@ def _status(line) -> str:
         return "cited, not run"
     if line.note:
         return "inconsistent in print"
+    if line.gap:
+        return f"incomplete: {line.gap}"
     if line.ours != line.ours:
         return "not run here"
     return "reproduced" if abs(line.difference) <= line.tolerance else f"off by {line.difference:+.1f}"
@@ -105,7 +179,10 @@ def _status(line) -> str:
 
 @cache
 def backbones() -> pd.DataFrame:
-    """The papers' backbones: as printed, open_clip's name and tag, the hub's repository, D, GFLOPs a picture."""
+    """The papers' backbones: as printed, open_clip's name and tag, the hub's repository, D, GFLOPs a picture.
+
+    Source: open_clip's docs/model_profile.csv, column image_gflops; a multiply-add is two operations.
+    """
     return pd.read_csv(paths.PUBLISHED / "backbones.csv")
 
 

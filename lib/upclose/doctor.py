@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from upclose import compare, datasets, encode, params, paths, prompts
-from upclose.datasets import registry
+from upclose.datasets import adapters, registry
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
 PAPER_OF = {
@@ -70,43 +70,60 @@ def _label(values: dict[str, Any]) -> str:
 
 
 def missing_weights(name: str, pretrained: str) -> str:
-    """Why a backbone cannot be loaded without a network, "" if it can. Nothing is downloaded."""
+    """Where to get a backbone that cannot be loaded without a network, "" if it is here. Nothing is downloaded."""
     if name.startswith("birdlets") or Path(pretrained or name).is_file():
         return ""
     known = [line for line in compare.backbones().itertuples() if (line.name, line.pretrained) == (name, pretrained)]
     if not known:
-        return f"weights {name} {pretrained}: not a backbone of the papers, give a checkpoint file"
+        return "not a backbone of the papers, give a checkpoint file"
     if any(isinstance(try_to_load_from_cache(known[0].hub, file), str) for file in _FILES):
         return ""
-    return f"weights of {known[0].backbone}: https://huggingface.co/{known[0].hub} (fetched at the first run)"
+    return f"https://huggingface.co/{known[0].hub} (fetched at the first run)"
 
 
-def missing_data(name: str, split: str, protocol: str | None = None) -> str:
-    """Why a data set cannot be read, "" if its folder is there."""
+def missing_data(name: str, protocol: str | None = None) -> str:
+    """Where a data set belongs and how to get it, "" if it is there."""
     if name == "birdlets" or name.startswith("imagefolder:"):
         return ""
     entry = registry.entry(name, protocol)
     folder = paths.data() / entry.folder
-    return "" if folder.is_dir() else f"{name} ({entry.protocol}) at {folder}: {datasets.get(entry)}"
+    there = folder.is_dir() and adapters.split_file(folder, entry).exists()
+    return "" if there else f"{adapters.split_file(folder, entry)}: {datasets.get(entry)}"
 
 
-def missing_prompts(methods: list[str], dataset: str) -> list[str]:
-    """The sentences that the methods need and that are not on this machine."""
-    out = []
+def missing_prompts(methods: list[str], dataset: str) -> dict[str, str]:
+    """The sentences that the methods need -> where to get them, "" for those that are here."""
+    out = {}
     if any(method not in _NO_SENTENCES for method in methods):
         by_clip_d = any(re.match(r"CLIP-D|CLIP\+D|LaZSL|Baseline|D&D|Tip\+D&D", method) for method in methods)
         by_cupl = any(re.match(r"CuPL|WCA|LGCA|FAIR", method) for method in methods)
         for source in ["clip-d"] * by_clip_d + ["cupl"] * by_cupl:
+            name = f"{source} of {dataset}"
             try:
                 file = prompts.find(source, dataset)
-            except ValueError as error:
-                out.append(str(error))
+            except ValueError:
+                out[name] = "not published: give a file of your own, {class: [sentences]}"
             else:
-                if not prompts.local(file).is_file():
-                    out.append(
-                        f"{source} of {dataset}: https://github.com/{file.repository} (fetched at the first run)"
-                    )
+                url = f"https://github.com/{file.repository} (fetched at the first run)"
+                out[name] = "" if prompts.local(file).is_file() else url
     return out
+
+
+def needs(sheet: params.Sheet) -> dict[str, dict[str, str]]:
+    """What a parameter file needs: kind -> name -> where to get it, "" for what is here.
+
+    Kinds are weights, data, prompts and notebook.
+    """
+    out: dict[str, dict[str, str]] = {"weights": {}, "data": {}, "prompts": {}}
+    for _, values in params.cells(sheet):
+        sets = [(values["dataset"], values.get("protocol"))]
+        sets += [(values["train_dataset"], None)] if values.get("train_dataset") else []
+        out["weights"][_label(values)] = missing_weights(values["backbone"], values["pretrained"])
+        for name, protocol in sets:
+            out["data"][f"{name} ({registry.entry(name, protocol).protocol})"] = missing_data(name, protocol)
+        out["prompts"] |= missing_prompts(values["methods"], values["dataset"])
+    run = (paths.NOTEBOOKS / f"{sheet.notebook}.ipynb").is_file()
+    return out | {"notebook": {sheet.notebook: "" if run else "not among the notebooks"}}
 
 
 # ------------------------------------------------------------------------------------------------------------ estimates
@@ -157,32 +174,26 @@ def paper_tables(rate: float) -> list[dict[str, Any]]:
     facts = compare.backbones().set_index(["name", "pretrained"])
     out = []
     for name, sheet in sheets().items():
-        todo, missing, seconds, disk, total = [values for _, values in params.cells(sheet)], {}, 0.0, 0.0, 0
         banks: dict[tuple, tuple[int, Any]] = {}
+        todo = [values for _, values in params.cells(sheet)]
         for values in todo:
-            model = values["backbone"], values["pretrained"]
-            needs = [missing_weights(*model), missing_data(values["dataset"], "test", values.get("protocol"))]
-            if values.get("train_dataset"):
-                needs.append(missing_data(values["train_dataset"], "train"))
-            missing |= dict.fromkeys(filter(None, [*needs, *missing_prompts(values["methods"], values["dataset"])]))
             count, bank = encodings(sheet.notebook, values)
-            banks[bank] = max(banks.get(bank, (0, None))[0], count), facts.loc[model]
-        for count, backbone in banks.values():
-            total += count
-            seconds += count * float(backbone.gflops) / rate
-            disk += 0 if sheet.notebook == "04_fair" else count * (2 * int(backbone.dim) + 16)
-        if not (paths.NOTEBOOKS / f"{sheet.notebook}.ipynb").is_file():
-            missing[f"notebook {sheet.notebook}"] = None
+            backbone = facts.loc[(values["backbone"], values["pretrained"])]
+            banks[bank] = max(banks.get(bank, (0, None))[0], count), backbone
+        kept = 0 if sheet.notebook == "04_fair" else 1  # FAIR draws new crops in every epoch
+        wanted = needs(sheet)
+        missing = [f"{kind} {what}: {get}" for kind, table in wanted.items() for what, get in table.items() if get]
         out.append(
             {
                 "file": name,
                 "reproduces": sheet.reproduces,
                 "runs": len(todo),
-                "encodings": total,
-                "hours": round(seconds / 3600, 1),
-                "disk_gib": round(disk / 2**30, 2),
+                "encodings": sum(n for n, _ in banks.values()),
+                "hours": round(sum(n * float(b.gflops) for n, b in banks.values()) / rate / 3600, 1),
+                "disk_gib": round(kept * sum(n * (2 * int(b.dim) + 16) for n, b in banks.values()) / 2**30, 2),
                 "ready": not missing,
-                "missing": list(missing),
+                "needs": wanted,
+                "missing": missing,
                 "command": f"upclose run params/papers/{name}.yaml",
             }
         )
@@ -204,7 +215,7 @@ def machine() -> dict[str, Any]:
         },
         "data": {
             "birdlets": "drawn by the program",
-            **{f"{n} ({p})": missing_data(n, "test", p) or "here" for n, p in registry.entries()},
+            **{f"{n} ({p})": missing_data(n, p) or "here" for n, p in registry.entries()},
         },
         "prompts": f"{sum(prompts.local(f).is_file() for f in files)} of {len(files)} files here",
         "results": str(paths.results()),
@@ -245,10 +256,22 @@ def _page(facts: dict[str, Any]) -> Iterator[str]:
         for name, state in facts[kind].items():
             yield f"{kind:8} {name:28} {state}"
     for line in facts.get("tables", []):
-        yield ""
-        state = "ready" if line["ready"] else f"lacks {len(line['missing'])} things"
-        yield f"{line['reproduces']}: {state}; {line['runs']} runs, {line['encodings'] / 1e6:.1f} M encodings, "
-        yield f"  about {line['hours']} h on this device, {line['disk_gib']} GiB of features: {line['command']}"
-        yield from (f"  - {what}" for what in line["missing"])
+        yield f"\n{line['reproduces']}: {'ready' if line['ready'] else 'not ready'}"
+        yield f"  {line['command']}"
+        yield (
+            f"  {line['runs']} runs, {line['encodings']:,} encodings, about {line['hours']:,.1f} h here at "
+            f"{facts['gflops_per_second']:,.0f} GFLOP/s, {line['disk_gib']:,.1f} GiB of features"
+        )
+        for kind, table in line["needs"].items():
+            for state, names in (
+                ("here", [what for what, get in table.items() if not get]),
+                ("missing", [what for what, get in table.items() if get and not get.startswith("not published")]),
+                ("not published", [what for what, get in table.items() if get.startswith("not published")]),
+            ):
+                if names:
+                    yield f"  {kind:8} {state}: {', '.join(names)}"
+    if "tables" in facts:
+        yield "\nWhere to get what is missing stands above; prompts are fetched at the first run, or put by hand into"
+        yield f"{facts['cache']}/prompts (prompts.local says where)."
     if "published_values" in facts:
         yield "\npublished values: " + ", ".join(f"{n} {what}" for what, n in facts["published_values"].items())

@@ -50,6 +50,8 @@ FIELDS: dict[str, Any] = {
     "setting": str,
     "methods": _some(str),
     "source": str,
+    "description_file": str,
+    "sentence_file": str,
     "validation_images": Count,
     "repeats": Count,
     "largest_crops": Count,

@@ -44,15 +44,6 @@ from upclose import paths, seeds
 TEMPLATE = "a photo of a {}."
 SOURCES = ("clip", "clip-e", "clip-d", "lazsl", "dnd", "cupl", "waffle")
 TOKENS = 75  # of CLIP's 77, without start and end
-_BIRDLETS = (
-    "a photo of a {}.",
-    "a picture of a {}.",
-    "an image of a {}.",
-    "a good photo of a {}.",
-    "a photo of the {}.",
-    "a close-up photo of a {}.",
-    "a photo of one {}.",
-)
 _FAMILY = {name: "imagenet" for name in ("imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a")}
 _FAMILY |= {"cub-painting": "cub"}
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -222,9 +213,10 @@ def waffle(class_names: Sequence[str], pairs: int = 15, seed: int = 0) -> dict[s
 
 
 def templates(dataset: str) -> tuple[str, ...]:
-    """CLIP's prompt ensemble of a data set; ImageNet's is fetched, a data set without one has the plain template."""
-    if dataset == "birdlets":
-        return _BIRDLETS
+    """CLIP's prompt ensemble of a data set; ImageNet's is fetched, a data set without one has the plain template.
+
+    Source: OpenAI's CLIP repository, data/prompts.md; Places365, which it lacks: WCA's released file.
+    """
     if rows := _json(paths.PUBLISHED / "templates.json").get(_FAMILY.get(dataset, dataset)):
         return tuple(rows)
     if any(f.source == "clip-e" and f.dataset == dataset for f in published()):

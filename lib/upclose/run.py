@@ -37,6 +37,7 @@ from upclose.params import Job, ParameterError
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
 LEAST_FREE = 64 * 2**20  # bytes
+KERNEL_START = 600  # seconds that a kernel may take to answer on a busy machine
 
 
 class Outcome(NamedTuple):
@@ -98,7 +99,8 @@ def _code() -> str:
 @cache
 def _prompts() -> str:
     digest = hashlib.sha256()
-    for file in sorted([*paths.PACKAGE.rglob("prompts/*.json"), *(paths.cache() / "prompts").rglob("*.json")]):
+    shipped = [*paths.PACKAGE.rglob("prompts/*.json"), *(paths.PUBLISHED / f for f in ("templates.json", "words.txt"))]
+    for file in sorted([*shipped, *(paths.cache() / "prompts").rglob("*.json")]):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
@@ -215,11 +217,14 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
             kernel_name="python3",
             progress_bar=False,
             log_output=False,
+            start_timeout=KERNEL_START,
             cwd=str(job.notebook.parent),
         )
     except papermill.PapermillExecutionError as error:
         why = f"cell {error.exec_count} raised {error.ename}: {error.evalue}; see {partial / 'notebook.ipynb'}"
         return Outcome(job, "failed", partial, time.time() - start, why)
+    except RuntimeError as error:  # of nbclient: the kernel died, as when memory is short, or never answered
+        return Outcome(job, "failed", partial, time.time() - start, f"{error}; see {partial / 'kernel.log'}")
     seconds = time.time() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     facts = partial / "facts.json"
@@ -255,14 +260,17 @@ def _cells(job: Job) -> int:
 
 
 def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[Outcome]:
-    """Each job in a fresh process, `workers` at a time, with one bar over all cells."""
+    """Each job in a fresh process, `workers` at a time that share the cores, with one bar over all cells."""
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
         tqdm(total=sum(_cells(p.job) for p in todo), unit="cell", disable=not todo) as bar,
     ):
         ticks = manager.Queue()
-        pool = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_limit_threads, initargs=(threads,), max_tasks_per_child=1
+        )
         try:
             waiting = {pool.submit(_execute, item, day, ticks): item for item in todo}
             while waiting:
@@ -278,6 +286,11 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[Outcome]:
                     yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _limit_threads(threads: int) -> None:
+    """What the kernels of this process inherit, unless the caller has set it."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[Outcome]:

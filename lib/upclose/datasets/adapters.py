@@ -226,9 +226,14 @@ def _vissl(folder: Path, split: str, entry: Entry) -> Items:
     return from_folders(folder / inside, left_out=left_out)
 
 
+def split_file(folder: Path, entry: Entry) -> Path:
+    """CoOp's split file where an entry goes by it, else the folder: without it the data set is not there."""
+    by_file = entry.protocol == "coop" and entry.dataset in _COOP
+    return folder / f"split_zhou_{_COOP[entry.dataset][1]}.json" if by_file else folder
+
+
 def _coop(folder: Path, split: str, entry: Entry) -> Items:
-    pictures, ending = _COOP[entry.dataset]
-    file = folder / f"split_zhou_{ending}.json"
+    pictures, file = _COOP[entry.dataset][0], split_file(folder, entry)
     content = json.loads(file.read_text(encoding="utf-8"))
     rows = content[{"validation": "val"}.get(split, split)]
     named: dict[int, str] = {}
@@ -317,7 +322,7 @@ _OFFICIAL = {
 
 def read(folder: Path, split: str, entry: Entry) -> Items:
     """The items of a split of a registry entry."""
-    by_file = entry.protocol == "coop" and entry.dataset in _COOP
+    by_file = split_file(folder, entry) != folder
     adapter = _vissl if entry.protocol == "vissl" else _coop if by_file else _OFFICIAL[entry.dataset]
     return adapter(folder, split, entry)
 

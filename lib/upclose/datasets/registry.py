@@ -3,6 +3,13 @@
 A protocol says whose split it is: "official", "coop" (the `split_zhou_*.json` files), "vissl" (folders that VISSL's
 scripts make) or "held-out" (CIFAR-100 with 10,000 training images as validation). The first line of a data set is its
 default.
+
+Where the counts come from. Official: the data sets' own pages. CoOp: its released program halves every class of
+Caltech101, DTD, EuroSAT, Flowers102 and Food-101 into train, a fifth is validation and the rest test, and takes a fifth
+of the training images of Pets, Cars, SUN397 and UCF101 as validation. The sums are exact, and so are the splits where
+classes are of one size; the others, rounded class by class, were not compared with the split files. VISSL: as FAIR and
+the papers it follows print them, not compared with what the scripts write; Caltech101's 4,403 and 6,645 are more than
+the pictures that it has (CoOp's three parts are 8,242), so train and test overlap or a number is wrong.
 """
 
 from __future__ import annotations

@@ -294,5 +294,6 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, for use within a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+    """The first line of an error's message, for use within a sentence; the second too, if the first announces it."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join([first, *(line.strip() for line in more[: first.endswith(":")])])[:160].rstrip(".")
