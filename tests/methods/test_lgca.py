@@ -211,6 +211,22 @@ def test_crops_as_large_as_the_image_stay_what_they_are():
     assert close(lgca.scores(ladder, image, text), wca.scores(Views(image, image[:, None]), text))
 
 
+@pytest.mark.parametrize("top_k", ["halving", 5, [6, 2, 1]])
+def test_a_lazy_ladder_encodes_the_survivors_and_scores_as_the_whole(top_k):
+    ladder, image, text = world(batch=1, steps=4)
+    asked = torch.zeros(4, 12, dtype=torch.bool)
+
+    def encode(t, crop):
+        assert not asked[t].any()
+        asked[t, crop] = True
+        return ladder[0, t, crop]
+
+    lazy = lgca.lazy_ladder(encode, image[0], text, 12, 4, top_k)
+    assert torch.equal(asked, lgca.survivors(ladder, image, text, top_k)[0])
+    assert not asked.all()
+    assert torch.equal(lgca.scores(lazy, image, text, top_k=top_k), lgca.scores(ladder, image, text, top_k=top_k))
+
+
 def test_steps_of_the_paper():
     assert [lgca.steps(n) for n in (1, 2, 3, 4, 7, 8, 100)] == [1, 1, 1, 2, 2, 3, 6]
     assert all(n >> lgca.steps(n) == 1 for n in range(2, 300))

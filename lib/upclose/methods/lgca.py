@@ -17,7 +17,7 @@ Source: Hieu et al. 2025, "LGCA: Enhancing Semantic Representation via Progressi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import Literal
 
@@ -125,6 +125,45 @@ def survivors(
     for b, _, t, _, member in _chunks(ladder, image, text, top_k, image_scale, text_scale):
         out[b, t] |= _mask(member, ladder.shape[2]).any(1)
     return out
+
+
+def lazy_ladder(
+    encode: Callable[[int, Tensor], Tensor],
+    image: Tensor,
+    text: Text,
+    crops: int,
+    levels: int,
+    top_k: TopK = "halving",
+    image_scale: float = 1.0,
+    text_scale: float = 1.0,
+) -> Tensor:
+    """One image's ladder with the crops alone that some class selects: its `scores` are those of the whole ladder.
+
+    It saves encodings for these classes and this setting (a third, with 37 classes and 100 crops that grow by 1.1); a
+    whole ladder in the bank serves all classes and all settings.
+
+    Args:
+        encode: (step t from 0, crop numbers (k,)) -> (k, D) unit norm, the crops expanded t times
+        image: (D,) unit norm
+        text: C classes and their descriptions
+        crops: N
+        levels: T
+        top_k: as in `scores`
+        image_scale: of eq. 7
+        text_scale: of eq. 8
+
+    Returns:
+        (1, T, N, D), zeros where no class looks
+    """
+    ladder = image.new_zeros(1, levels, crops, len(image))
+    wanted = torch.arange(crops, device=image.device)
+    for t in range(levels):
+        ladder[0, t, wanted] = encode(t, wanted).to(ladder.dtype)
+        if t + 1 < levels:
+            known = top_k if isinstance(top_k, (str, int)) else top_k[: t + 1]
+            chosen = survivors(ladder[:, : t + 2], image[None], text, known, image_scale, text_scale)
+            wanted = chosen[0, t + 1].nonzero()[:, 0]
+    return ladder
 
 
 def trace(
