@@ -39,7 +39,7 @@ def test_one_typed_parameters_cell_whose_lines_say_what_they_are(path):
     (cell,) = [c for c in book.cells if "parameters" in c.metadata.get("tags", [])]
     lines, said = cell.source.splitlines(), ast.parse(cell.source).body
     assert all(isinstance(line, ast.AnnAssign) for line in said)
-    assert all("  # " in lines[line.end_lineno - 1] for line in said)
+    assert all("  # " in "\n".join(lines[line.lineno - 1 : line.end_lineno]) for line in said)
     params.check(path, {})
 
 
