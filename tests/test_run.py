@@ -100,6 +100,14 @@ def test_what_is_missing_is_said_before_any_work(lab):
     assert not lab.root.exists()
 
 
+def test_missing_training_data_are_said_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("UPCLOSE_DATA", str(tmp_path))
+    (job, *_) = params.jobs(params.paths.PARAMS / "papers" / "lare-table1.yaml")
+    (item,) = run.plan([job])
+    assert "cub-painting (official) test is not at" in item.missing
+    assert "cub (official) train is not at" in item.missing
+
+
 @pytest.mark.parametrize("arguments", [["-p", "images=0"], ["-p", "imges=3"], ["-p", "images=x"]])
 def test_bad_parameters_end_with_one_sentence(lab, capsys, arguments):
     assert cli.main(["run", str(lab()), *arguments]) == 2

@@ -131,11 +131,14 @@ def ingredients(job: Job) -> tuple[dict[str, str], list[str]]:
             hashes[f"weights {name}"] = _weights(name, values.get("pretrained", ""))
         except (ValueError, OSError, RuntimeError) as error:
             missing.append(str(error))
-    if "dataset" in values:
-        try:
-            hashes["data"] = _data(values["dataset"], values.get("split", "test"), values.get("protocol") or None)
-        except (ValueError, OSError, RuntimeError) as error:
-            missing.append(str(error))
+    wanted = {"data": (values.get("dataset"), values.get("split", "test"), values.get("protocol") or None)}
+    wanted["training data"] = (values.get("train_dataset"), "train", None)
+    for what, (dataset, split, protocol) in wanted.items():
+        if dataset:
+            try:
+                hashes[what] = _data(dataset, split, protocol)
+            except (ValueError, OSError, RuntimeError) as error:
+                missing.append(str(error))
     return hashes, missing
 
 
