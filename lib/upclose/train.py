@@ -65,7 +65,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "full": Recipe(pictures=60_000, steps=2000),
     "half": Recipe(pictures=40_000, steps=600),
-    "mini": Recipe(pictures=4_000, steps=160, batch=128, warmup=30, measure=240),
+    "mini": Recipe(pictures=4_000, steps=160, batch=128, rate=2e-3, warmup=20, measure=240),
 }
 
 
