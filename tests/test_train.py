@@ -196,7 +196,7 @@ def test_the_mini_recipe_learns(tmp_path):
         out, error = process.communicate()
     assert process.returncode == 0, error
     photo = next(line for line in out.splitlines() if line.startswith("photo: "))
-    assert float(photo.split()[1].rstrip("%")) > 10 * 100 / 120
+    assert float(photo.split()[1].rstrip("%")) > 5 * 100 / 120  # by chance less than once in ten thousand
 
 
 @pytest.mark.slow
