@@ -227,7 +227,7 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
         why = f"cell {error.exec_count} raised {error.ename}: {error.evalue}; see {partial / 'notebook.ipynb'}"
         return Outcome(job, "failed", partial, time.time() - start, why)
     except RuntimeError as error:  # of nbclient: the kernel died, as when memory is short, or never answered
-        return Outcome(job, "failed", partial, time.time() - start, f"{error}; see {partial / 'kernel.log'}")
+        return Outcome(job, "failed", partial, time.time() - start, f"{error}; see {log}")
     seconds = time.time() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     facts = partial / "facts.json"
@@ -292,8 +292,10 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[Outcome]:
 
 
 def _limit_threads(threads: int) -> None:
-    """What the kernels of this process inherit, unless the caller has set it."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    """What the kernels of this process inherit and `run.json` states, unless the caller has set it."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)  # torch was imported before and has read the variable already
 
 
 def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[Outcome]:
