@@ -64,6 +64,23 @@ class Text(NamedTuple):
         return rows, mask
 
 
+def check_unit(x: Tensor, name: str, tolerance: float = 1e-2) -> None:
+    """Raise for the first embedding of `x` (..., D) that is not finite or not of unit norm, on the CPU only.
+
+    Raises:
+        ValueError: names the embedding and its norm
+    """
+    if x.device.type != "cpu" or not x.numel():
+        return
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1)
+    if (bad := ~((norm - 1).abs() <= tolerance)).any():
+        index = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} has norm {norm[tuple(index)]:.4g} at {index}: "
+            "embeddings must be finite and divided by their norm"
+        )
+
+
 class Views(NamedTuple):
     """A batch of B images, N crops each.
 

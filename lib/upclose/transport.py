@@ -1,24 +1,24 @@
 """Optimal transport between small discrete sets, many problems at a time.
 
 Notation: C cost, a row and b column marginals, K = exp(-C / epsilon) the kernel, u and v the scalings, so that the
-plan is T = diag(u) K diag(v). A round is u = a / (K v), then v = b / (K' u).
+plan is T = diag(u) K diag(v). A round is u = a / (K v), then v = b / (K' u); the plain solver scales T itself by the
+change of u and of v, which needs no other memory than T's.
 
 Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013; Peyré and Cuturi, "Computational Optimal Transport", 2019, ch. 4.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
+import numpy as np
 import ot
 import torch
 from torch import Tensor
 
-# Kernel entries stay above exp(-SAFE), so that products of three of them and of their inverses are ordinary numbers.
+# Kernel entries stay above exp(-SAFE), so that products of two of them and of their inverses are ordinary numbers.
 SAFE = {torch.float32: 40.0, torch.float64: 300.0}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
-FEW = 16  # columns
 NOTHING = -1e30  # the logarithm of no mass: finite, so that gradients stay finite
 
 
@@ -46,9 +46,9 @@ def sinkhorn(
         max_iter: most rounds
         tolerance: the L1 distance of a plan's marginals from `row` and `column` at which it is done;
             None is 1e-5 in float32 and 1e-9 in float64
-        bound: the largest cost that can occur, where the caller knows it (cosine distances: 2). The plain kernel is
-            used when bound / epsilon <= 40 (float32) or 300 (float64), otherwise the slower log domain.
-            None: the largest cost on the CPU, infinite elsewhere.
+        bound: the largest cost that can occur, padding included, where the caller knows it (cosine distances: 2);
+            the costs are then not looked at. The plain kernel is used when bound / epsilon <= 40 (float32) or 300
+            (float64), otherwise the slower log domain. None: the largest cost on the CPU, infinite elsewhere.
 
     Returns:
         plan: (..., N, M)
@@ -57,12 +57,11 @@ def sinkhorn(
     Raises:
         ValueError: shapes that do not fit, values that are not finite or negative, marginals that do not sum to one
     """
-    largest = _check(cost, row, column, epsilon, max_iter)
+    row, column = _marginals(cost, row, column, epsilon, max_iter)
     if not cost.numel():
         return torch.zeros_like(cost), 0
-    row, column = row.to(cost), column.to(cost)
     tolerance = TOLERANCE[cost.dtype] if tolerance is None else tolerance
-    bound = largest if bound is None else min(bound, largest)
+    bound = _largest(cost) if bound is None else bound
     plain = math.isinf(epsilon) or bound / epsilon <= SAFE[cost.dtype]
     solve = _solve_plain if plain else _solve_log
     return solve(cost * (-1 / epsilon), row, column, max_iter, tolerance)
@@ -82,50 +81,53 @@ def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
     Raises:
         ValueError: as `sinkhorn`
     """
-    _check(cost, row, column, 1.0, 1)
-    shape = cost.shape
-    problem = cost.detach().double().cpu().flatten(0, -3) if cost.ndim > 2 else cost.detach().double().cpu()[None]
-    rows = row.detach().double().cpu().expand(shape[:-1]).reshape(len(problem), -1)
-    columns = column.detach().double().cpu().expand(*shape[:-2], shape[-1]).reshape(len(problem), -1)
-    plan = [
-        torch.from_numpy(ot.emd((a / a.sum()).numpy(), (b / b.sum()).numpy(), c.numpy()))
-        for c, a, b in zip(problem, rows, columns)
-    ]
-    return torch.stack(plan).reshape(shape).to(cost)
+    problem = cost.detach().cpu()
+    row, column = (x.double() for x in _marginals(problem, row.detach().cpu(), column.detach().cpu(), 1.0, 1))
+    if not cost.numel():
+        return torch.zeros_like(cost)
+    _largest(problem)
+    n, m = cost.shape[-2:]
+    rows, columns = row.expand(cost.shape[:-1]).reshape(-1, n), column.expand(*cost.shape[:-2], m).reshape(-1, m)
+    problems = zip(rows, columns, problem.double().reshape(-1, n, m))
+    plan = [ot.emd(a.numpy(), b.numpy(), c.numpy()) for a, b, c in problems]
+    return torch.from_numpy(np.stack(plan)).reshape(cost.shape).to(cost)
 
 
 def _solve_plain(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
-    """Rounds on the kernel itself."""
-    kernel = logit.exp()
+    """Rounds on the plan itself, which starts as the kernel: scale its rows to their mass, then its columns."""
     row, column = row[..., None], column[..., None, :]
-    u, v, active, iteration = row, column, _everyone(logit), 0
+    plan, active, iteration = _scaled(logit.exp_(), column), _everyone(logit), 0
     while iteration < max_iter and _running(active):
         iteration += 1
-        u = torch.where(active, row / _times(kernel, v), u)  # (..., N, 1)
-        mass = u.mT @ kernel  # (..., 1, M)
-        error = (v * mass - column).detach().abs().sum(-1, keepdim=True)
-        v, active = torch.where(active, column / mass, v), active & (error >= tolerance)
-    return u * kernel * v, iteration
+        plan = _scaled(plan, torch.where(active, _over(row, plan.sum(-1, keepdim=True)), 1))  # u
+        mass = plan.sum(-2, keepdim=True)
+        error = (mass - column).detach().abs().sum(-1, keepdim=True)
+        plan = _scaled(plan, torch.where(active, _over(column, mass), 1))  # v
+        active = active & (error >= tolerance)
+    return plan, iteration
 
 
-def _times(kernel: Tensor, v: Tensor) -> Tensor:
-    """K v as (..., N, 1). On the CPU a few columns are added one by one: many tiny matrix products take longer."""
-    if kernel.device.type != "cpu" or kernel.shape[-1] > FEW:
-        return kernel @ v.mT
-    total, *rest = zip(kernel.split(1, -1), v.split(1, -1))
-    return functools.reduce(lambda out, pair: torch.addcmul(out, *pair), rest, total[0] * total[1])
+def _scaled(plan: Tensor, factor: Tensor) -> Tensor:
+    """The product, in the plan's own memory unless gradients need what stands there."""
+    return plan * factor if plan.requires_grad or factor.requires_grad else plan.mul_(factor)
+
+
+def _over(mass: Tensor, found: Tensor) -> Tensor:
+    """Mass / found, 0 where there is neither."""
+    return mass / found.clamp_min(torch.finfo(found.dtype).tiny)
 
 
 def _solve_log(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
     """The same rounds on logarithms, the cheapest pair of each problem at 0, where floating point is finest."""
     logit = logit - logit.detach().amax((-2, -1), keepdim=True)
-    log_row, log_column = _log(row)[..., None], _log(column)[..., None, :]
+    row, column = row[..., None], column[..., None, :]
+    log_row, log_column = _log(row), _log(column)
     log_u, log_v, active, iteration = log_row, log_column, _everyone(logit), 0
     while iteration < max_iter and _running(active):
         iteration += 1
         log_u = torch.where(active, log_row - (logit + log_v).logsumexp(-1, keepdim=True), log_u)  # (..., N, 1)
         log_mass = (logit + log_u).logsumexp(-2, keepdim=True)  # (..., 1, M)
-        error = ((log_v + log_mass).exp() - column[..., None, :]).detach().abs().sum(-1, keepdim=True)
+        error = ((log_v + log_mass).exp() - column).detach().abs().sum(-1, keepdim=True)
         log_v, active = torch.where(active, log_column - log_mass, log_v), active & (error >= tolerance)
     return (log_u + logit + log_v).exp(), iteration
 
@@ -145,8 +147,11 @@ def _log(mass: Tensor) -> Tensor:
     return torch.where(mass > 0, torch.where(mass > 0, mass, 1).log(), NOTHING)
 
 
-def _check(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> float:
-    """Refuse what has no plan; the largest cost. Values are looked at on the CPU only: elsewhere it is infinite."""
+def _marginals(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> tuple[Tensor, Tensor]:
+    """Marginals of cost's dtype that sum to one as nearly as it can say; what has no plan is refused.
+
+    Values are looked at on the CPU only.
+    """
     if cost.dtype not in SAFE:
         raise ValueError(f"cost is {cost.dtype}: give float32 or float64")
     if cost.ndim < 2 or 0 in cost.shape[-2:]:
@@ -162,20 +167,23 @@ def _check(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: 
             raise ValueError(
                 f"{name} has shape {tuple(mass.shape)}, but cost {tuple(cost.shape)} needs {tuple(shape)}"
             ) from None
-    if cost.device.type != "cpu":
-        return math.inf
-    for name, mass in (("row", row), ("column", column)):
-        _range(name, mass, least=0.0)
-        total = mass.detach().sum(-1).flatten() if mass.numel() else mass.new_ones(1)
-        worst = total[(total - 1).abs().argmax()].item()
-        if abs(worst - 1) > 1e-4:
-            raise ValueError(f"{name} of shape {tuple(mass.shape)} sums to {worst:g}: marginals must sum to 1")
-    return _range("cost", cost, least=-1e-5)
+        if cost.device.type == "cpu" and mass.numel():
+            _range(name, mass, least=0.0)
+            total = mass.detach().sum(-1).flatten()
+            worst = total[(total - 1).abs().argmax()].item()
+            if abs(worst - 1) > 1e-4:
+                raise ValueError(f"{name} of shape {tuple(mass.shape)} sums to {worst:g}: marginals must sum to 1")
+    return tuple(mass.to(cost) / mass.to(cost).sum(-1, keepdim=True) for mass in (row, column))
+
+
+def _largest(cost: Tensor) -> float:
+    """The largest cost, once all are known to be costs; infinite where looking at them would stall a device."""
+    return _range("cost", cost, least=-1e-5) if cost.device.type == "cpu" else math.inf
 
 
 def _range(name: str, value: Tensor, least: float) -> float:
     """The largest value, once all are known to be finite and not below `least`."""
-    low, high = (value.detach().amin().item(), value.detach().amax().item()) if value.numel() else (0.0, 0.0)
+    low, high = value.detach().amin().item(), value.detach().amax().item()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"{name} of shape {tuple(value.shape)} holds {low if math.isfinite(high) else high}: give finite values"

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
-from upclose import transport
+from upclose import features, transport
 from upclose.features import Text, Views
 
 # Crop-attribute pairs solved at once, at most about 30 bytes each.
@@ -67,23 +68,23 @@ def scores(
         - The paper states no stop rule. The released program stops when u moves by less than 1e-2 on average, or
           after 100 rounds; we stop each problem by its own marginal error. On CLIP-like features scores agree to 1e-4.
         - beta, the upper end of the crops' scale, is not in the paper, and N is "60-90": the crop plan's business;
-          we sample N = 90 from U(0.6, 0.9).
+          `params/papers` samples N = 90 from U(0.6, 0.9).
         - The paper's sentence is "A photo of a {class}, which (is/has/etc) {attribute}"; the released program's lacks
           "A photo of a". `prompts` builds the paper's.
         - Crops whose cosines with the image are all equal are all kept: a crop is dropped when it lies more than
           1e-6 below the mean, where rounding alone would decide otherwise.
     """
     theta = _weight(theta, hybrid)
-    lengths = _by_length(text)
+    _check(views, text)
+    attribute, lengths = _by_length(text)
     result = views.image.new_empty(len(views.image), len(text.label), dtype=torch.float32)
-    for part, target in _chunks(views, text, result):
-        crop, row = part.crop, crop_mass(part, selection)
-        if selection and crop.device.type == "cpu":
-            crop, row = _without_massless(crop, row)
-        crop = torch.lerp(part.image[:, None], crop, theta)  # (10, 16)
-        for length in lengths:
-            plan, sim = _align(crop, row, length, epsilon, max_iter, tolerance)
-            target[:, length.classes] = (plan * sim).sum((-2, -1)).T.float()  # (15)
+    for rows, crop, row in _pieces(views, text, crop_mass(views, selection)):
+        crop = torch.lerp(views.image[rows, None], crop, theta)  # (10, 16)
+        for length, cost in _costs(crop, attribute, lengths):
+            column = row.new_full((length.m,), 1 / length.m)
+            plan, _ = transport.sinkhorn(cost, row, column, epsilon, max_iter, tolerance, bound=2.0)  # (11-14)
+            score = 1 - (plan * cost).sum((-2, -1))  # (15): <T, 1 - C*>, for T sums to 1
+            result[rows[:, None], length.classes] = score.T.float()
     return result
 
 
@@ -119,16 +120,62 @@ def plans(
     Source: LaZSL, eqs. 11-14.
     """
     theta = _weight(theta, hybrid)
-    lengths = _by_length(text)
+    _check(views, text)
+    attribute, lengths = _by_length(text)
     images, crops = views.crop.shape[:2]
     result = views.crop.new_zeros(images, len(text.label), crops, max(length.m for length in lengths))
-    for part, target in _chunks(views, text, result):
-        row = crop_mass(part, selection)
-        crop = torch.lerp(part.image[:, None], part.crop, theta)  # (10, 16)
-        for length in lengths:
-            plan, _ = _align(crop, row, length, epsilon, max_iter, tolerance)
-            target[:, length.classes, :, : length.m] = plan.transpose(0, 1)
+    rows = crop_mass(views, selection)
+    step = _step(views, text)
+    for start in range(0, images, step):
+        part = slice(start, start + step)
+        row = rows[part]
+        crop = torch.lerp(views.image[part, None], views.crop[part], theta)  # (10, 16)
+        for length, cost in _costs(crop, attribute, lengths):
+            column = row.new_full((length.m,), 1 / length.m)
+            plan, _ = transport.sinkhorn(cost, row, column, epsilon, max_iter, tolerance, bound=2.0)  # (11-14)
+            result[part, length.classes, :, : length.m] = plan.transpose(0, 1)
     return result
+
+
+def own_plans(
+    views: Views,
+    text: Text,
+    label: Tensor,
+    theta: float = 0.8,
+    epsilon: float = 0.1,
+    selection: bool = True,
+    hybrid: bool = True,
+    max_iter: int = 100,
+    tolerance: float = 1e-5,
+) -> Tensor:
+    """`plans` of one class an image, without those of all others.
+
+    Args:
+        views: as in `scores`
+        text: as in `scores`
+        label: (B,) int64, the class whose plan is wanted: the true one, or the predicted one
+        theta: as in `scores`
+        epsilon: as in `scores`
+        selection: as in `scores`
+        hybrid: as in `scores`
+        max_iter: as in `scores`
+        tolerance: as in `scores`
+
+    Returns:
+        (B, N, M), M the longest class; zero on the padding of shorter classes and on dropped crops
+
+    Raises:
+        ValueError: as `scores`
+
+    Source: LaZSL, eqs. 11-14.
+    """
+    theta = _weight(theta, hybrid)
+    _check(views, text)
+    description, mask = text.padded()
+    column = mask[label] / mask[label].sum(-1, keepdim=True)
+    crop = torch.lerp(views.image[:, None], views.crop, theta)  # (10, 16)
+    cost = 1 - crop @ description[label].mT
+    return transport.sinkhorn(cost, crop_mass(views, selection), column, epsilon, max_iter, tolerance, bound=2.0)[0]
 
 
 def crop_mass(views: Views, selection: bool = True) -> Tensor:
@@ -143,7 +190,7 @@ def crop_mass(views: Views, selection: bool = True) -> Tensor:
 
     Source: LaZSL, eqs. 6-9.
     """
-    cosine = torch.einsum("bnd,bd->bn", views.crop, views.image)
+    cosine = torch.linalg.vecdot(views.crop, views.image[:, None])
     delta = cosine.mean(-1, keepdim=True)  # (6)
     positive = (cosine >= delta - 1e-6) if selection else torch.ones_like(cosine, dtype=torch.bool)  # (7, 8)
     return positive / positive.sum(-1, keepdim=True).to(cosine)  # (9)
@@ -154,46 +201,56 @@ class _Length(NamedTuple):
 
     m: int
     classes: Tensor  # (k,) int64
-    attribute: Tensor  # (m * k, D): the first attribute of every class, then the second
+    attributes: slice  # m * k of the ordered attributes: the first attribute of every class, then the second
 
 
-def _by_length(text: Text) -> list[_Length]:
-    """Group classes by their number of attributes; the only place where a device is waited for."""
-    counts = text.counts
-    groups = []
+def _by_length(text: Text) -> tuple[Tensor, list[_Length]]:
+    """Attributes (L, D) ordered by the length of their class; the only place where a device is waited for."""
+    counts, parts, groups, start = text.counts, [], [], 0
     for m in counts.unique().tolist():
-        attribute = text.description[counts[text.owner] == m].unflatten(0, (-1, m))
-        groups.append(_Length(m, (counts == m).nonzero()[:, 0], attribute.transpose(0, 1).flatten(0, 1)))
-    return groups
+        part = text.description[counts[text.owner] == m].unflatten(0, (-1, m)).transpose(0, 1).flatten(0, 1)
+        groups.append(_Length(m, (counts == m).nonzero()[:, 0], slice(start, start + len(part))))
+        parts.append(part)
+        start += len(part)
+    return torch.cat(parts), groups
 
 
-def _align(
-    crop: Tensor, row: Tensor, length: _Length, epsilon: float, max_iter: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Plans T and similarities sim*, both (k, B, N, m), of all images with the classes of one length.
+def _costs(crop: Tensor, attribute: Tensor, lengths: list[_Length]) -> Iterator[tuple[_Length, Tensor]]:
+    """The costs C* (k, B, N, m) of all images with the classes of each length, by one matrix product.
 
     `crop` holds theta p^l + (1 - theta) p^g: sim* is linear in the crop, so that the mixture costs nothing here.
     """
-    sim = (length.attribute @ crop.flatten(0, 1).T).view(length.m, -1, *row.shape).permute(1, 2, 3, 0)
-    column = row.new_full((length.m,), 1 / length.m)
-    plan, _ = transport.sinkhorn(1 - sim, row, column, epsilon, max_iter, tolerance, bound=2.0)  # (10-14)
-    return plan, sim
+    cost = torch.addmm(crop.new_ones(()), attribute, crop.flatten(0, 1).T, alpha=-1)  # (10)
+    for length in lengths:
+        yield length, cost[length.attributes].view(length.m, -1, *crop.shape[:2]).permute(1, 2, 3, 0)
 
 
-def _without_massless(crop: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep as many crops an image as the image with most mass-bearing crops needs, those with mass first."""
-    kept = row.argsort(dim=-1, descending=True, stable=True)[:, : int((row > 0).sum(-1).max())]
-    batch = torch.arange(len(row))[:, None]
-    return crop[batch, kept], row[batch, kept]
+def _pieces(views: Views, text: Text, row: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images (b,), their crops (b, K, D) and the crops' mass (b, K), in pieces of at most `PAIRS` pairs.
+
+    On the CPU crops without mass are left out, and images with about as many others share a piece. Elsewhere all
+    crops stay, for counting them would stall the device.
+    """
+    n, kept = row.shape[1], (row > 0).sum(-1)
+    first, crops = row.argsort(dim=-1, descending=True, stable=True), views.crop.flatten(0, 1)
+    order = kept.argsort() if row.device.type == "cpu" else torch.arange(len(row), device=row.device)
+    for rows in order.split(_step(views, text)) if len(order) else ():
+        index = first[rows, : int(kept[rows].max())] if row.device.type == "cpu" else first[rows]
+        yield rows, embedding(rows[:, None] * n + index, crops), row[rows].gather(1, index)
 
 
-def _chunks(views: Views, text: Text, result: Tensor) -> Iterator[tuple[Views, Tensor]]:
-    """The images, with their rows of `result`, in pieces whose pairs and crop embeddings number at most `PAIRS`."""
+def _step(views: Views, text: Text) -> int:
+    """How many images keep pairs and crop embeddings below `PAIRS`."""
     pairs = PAIRS["cpu" if views.crop.device.type == "cpu" else "device"]
-    step = max(1, pairs // (views.crop.shape[1] * sum(text.description.shape)))
-    for start in range(0, len(views.image), step):
-        piece = slice(start, start + step)
-        yield Views(views.image[piece], views.crop[piece]), result[piece]
+    return max(1, pairs // (views.crop.shape[1] * sum(text.description.shape)))
+
+
+def _check(views: Views, text: Text) -> None:
+    """Refuse images without crops and, on the CPU, embeddings that are not of unit norm."""
+    if views.crop.shape[1] == 0:
+        raise ValueError(f"views.crop has shape {tuple(views.crop.shape)}: give every image at least one crop")
+    for name, x in (("views.image", views.image), ("views.crop", views.crop), ("text.description", text.description)):
+        features.check_unit(x, name)
 
 
 def _weight(theta: float, hybrid: bool) -> float:
