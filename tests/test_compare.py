@@ -54,6 +54,28 @@ def test_digest_without_a_backbone_is_compared_with_rn50():
     assert frame[frame.method == "D&D"].ours.item() == 62.0
 
 
+def test_what_no_table_prints_is_listed_once():
+    keys = {"paper": "LaZSL", "table": "Table 3", "backbone": "ViT-B/16", "setting": "ablation"}
+    cells = [row(60.0 + k, dataset="cub", method=m, **keys) for k, m in enumerate(("Baseline", "LaZSL"))]
+    control = row(58.0, dataset="cub", method="Baseline+OT, mean", **keys)
+    world = row(30.0, std=1.5, n=600, dataset="birdlets", method="LaZSL", **keys)
+    measured = pd.DataFrame([*cells, control, world, world | {"value": 31.0}])
+    met, left = compare.versus(measured, "LaZSL", "Table 3"), compare.unprinted(measured, "LaZSL")
+    assert met.ours.notna().sum() == 2
+    assert list(zip(left.method, left.dataset)) == [("Baseline+OT, mean", "cub"), ("LaZSL", "birdlets")]
+    assert left.iloc[1][["ours", "ours_std", "n", "status"]].tolist() == [31.0, 1.5, 600, "no published value"]
+    assert left[["value", "difference"]].isna().all().all()
+    assert set(left) <= set(met)
+    assert compare.unprinted(measured[:2], "LaZSL").empty
+    assert len(compare.unprinted(measured, "LGCA")) == 4
+
+
+def test_a_digest_without_a_backbone_prints_what_was_measured_on_any():
+    keys = {"paper": "D&D", "table": "Table 5", "method": "D&D", "setting": "ablation", "backbone": "RN50"}
+    measured = pd.DataFrame([row(62.0, dataset="ucf101", **keys), row(30.0, dataset="birdlets", **keys)])
+    assert compare.unprinted(measured, "D&D").dataset.tolist() == ["birdlets"]
+
+
 def test_unknown_paper_or_table():
     with pytest.raises(ValueError, match="no published paper 'X'; there are D&D"):
         compare.published("X")

@@ -161,6 +161,29 @@ def versus(measured: pd.DataFrame, paper: str, table: str | None = None) -> pd.D
     return frame.drop(columns=["variance", "gap"])
 
 
+def unprinted(measured: pd.DataFrame, paper: str) -> pd.DataFrame:
+    """The measured rows that meet no cell of the paper's tables: other data sets, controls, averages.
+
+    Args:
+        measured: rows of `metrics.csv`; of two rows for one cell the last counts
+        paper: see `published`
+
+    Returns:
+        In the columns of `versus` that both have: KEYS, value (NaN), ours, ours_std, n, difference (NaN) and
+        status "no published value"
+    """
+    printed = set(published(paper)[KEYS].itertuples(index=False, name=None))
+    rows = measured.drop_duplicates(KEYS, keep="last")
+    digest = rows.assign(backbone="") if paper == "D&D" else rows  # it names no backbone
+    met = [
+        not printed.isdisjoint(pair)
+        for pair in zip(*(frame[KEYS].itertuples(index=False, name=None) for frame in (rows, digest)))
+    ]
+    rows = rows[~np.array(met, bool)].rename(columns={"value": "ours", "std": "ours_std"})
+    rows = rows.assign(value=np.nan, difference=np.nan, status="no published value")
+    return rows[[*KEYS, "value", "ours", "ours_std", "n", "difference", "status"]].reset_index(drop=True)
+
+
 def _cited(method: str) -> bool:
     return method.split(" ")[0] in CITED or "CODER" in method
 
