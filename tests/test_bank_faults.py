@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bank_world import PLAN, SHARD, FakeDataset, FakeEncoder, contents
 from upclose import bank
-from upclose.bank import BankError, store
+from upclose.bank import BankError, shards, store
 
 PROGRAM = Path(__file__).with_name("bank_world.py")
 N = 64
@@ -110,7 +110,9 @@ def kill_until_finished(root, undisturbed, delays):
 
 
 def test_killed_at_random_moments_a_bank_loses_nothing(tmp_path, undisturbed):
-    delays = np.random.default_rng().uniform(0.0, 0.15, 15)
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")  # shown when the test fails
+    delays = np.random.default_rng(seed).uniform(0.0, 0.15, 15)
     killed = kill_until_finished(tmp_path, undisturbed, delays)
     encoder = FakeEncoder()
     kept = len(list(tmp_path.glob("*/*.safetensors")))
@@ -238,7 +240,7 @@ def test_a_shard_cut_short_is_an_error_that_names_it(tmp_path, undisturbed, leng
         held.read()
     assert held.read(slice(0, 16))[0].crop.shape[0] == 16  # the other shards are sound
     encoder = FakeEncoder()
-    with pytest.warns(UserWarning, match=rf"{shard.name}.*encoded again"):
+    with pytest.warns(UserWarning, match=rf"{shard.name}.*encodes them again\. That is done now"):
         build(tmp_path, encoder)
     assert encoder.encoded == SHARD
     assert contents(folder) == undisturbed
@@ -258,7 +260,8 @@ def test_a_damaged_manifest_is_not_believed(tmp_path, undisturbed, damage):
     with pytest.raises(BankError, match=r"manifest.*damaged"):
         open_bank(tmp_path)
     encoder = FakeEncoder()
-    build(tmp_path, encoder)
+    with pytest.warns(UserWarning, match=r"the manifest of bank .*damaged.*done now"):
+        build(tmp_path, encoder)
     assert encoder.encoded == 0
     assert contents(folder) == undisturbed
 
@@ -359,6 +362,52 @@ def test_the_waiting_builder_goes_on_when_the_first_is_killed(tmp_path, undistur
     first.kill()
     first.join(60)
     assert contents(Path(result(*second))) == undisturbed
+
+
+def decode_in_processes(folder):
+    """Decode in processes that leave their numbers in a folder, until somebody kills this one."""
+    encoder = FakeEncoder()
+    encoder.device = torch.device("cuda")
+    job = shards.Job(Telling(N, folder), encoder, PLAN, "float16", "skip", None)
+    with shards.decoders(job) as pool:
+        for _ in shards.decode(job, pool, range(N)):
+            time.sleep(0.5)
+
+
+class Telling(FakeDataset):
+    def __init__(self, n, folder):
+        super().__init__(n)
+        self.folder = folder
+
+    def load(self, i):
+        (Path(self.folder) / str(os.getpid())).touch()
+        return super().load(i)
+
+
+def is_alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_decoding_processes_end_with_the_killed_one_that_they_serve(tmp_path):
+    program = f"from test_bank_faults import decode_in_processes as go; go({str(tmp_path)!r})"
+    here = Path(__file__).parent
+    process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__':\n    {program}"], cwd=here)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert pids
+    assert process.pid not in pids
+    process.kill()
+    process.wait()
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))
 
 
 def test_a_shard_carries_its_own_checksum():

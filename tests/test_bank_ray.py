@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import bank_world
 from bank_world import PLAN, SHARD, FakeDataset, FakeEncoder, contents
 from upclose import bank
-from upclose.bank import BankError
+from upclose.bank import BankError, shards
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "upclose[cluster]"')
 N = 64
@@ -43,12 +42,12 @@ class Poisoned(FakeDataset):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two workers on this machine, which import the test's classes by value."""
+    """Two workers on this machine, who import the tests' modules; the GPU is declared, nobody looks for it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for module in (bank_world, sys.modules[__name__]):
-        ray.cloudpickle.register_pickle_by_value(module)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
     yield
     ray.shutdown()
     torch.set_num_threads(threads)
@@ -117,9 +116,63 @@ def test_a_root_that_is_not_shared_is_an_error(tmp_path, cluster):
         spread(f"memory://{tmp_path}", FakeDataset(N))
 
 
+class Moving(FakeEncoder):
+    """Leaves in a folder where it was moved to and in which process; computes on the CPU all the same."""
+
+    folder = None
+
+    def to(self, device):
+        (Path(self.folder) / f"{device}-{os.getpid()}").touch()
+        moved = Moving()
+        moved.folder, moved.device = self.folder, torch.device(device)
+        return moved
+
+
+class Counted(FakeDataset):
+    """Leaves the number of the process that loads from it in a folder."""
+
+    folder = None
+
+    def load(self, i):
+        (Path(self.folder) / f"decoder-{os.getpid()}").touch()
+        return super().load(i)
+
+
+def test_an_actor_with_a_gpu_moves_the_encoder_there_and_keeps_its_decoders(tmp_path, cluster):
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    dataset, encoder = Counted(N), Moving()
+    dataset.folder, encoder.folder, encoder.device = str(folder), str(folder), torch.device("cuda")
+    held = bank.build(dataset, encoder, PLAN, tmp_path / "ray", "ray", shard=SHARD, gpus=0.5)
+    assert contents(Path(held.folder.path)) == local(tmp_path / "local")
+    seen = [path.name.rsplit("-", 1) for path in folder.iterdir()]
+    moves = sorted((where, int(pid) == os.getpid()) for where, pid in seen if where != "decoder")
+    # here to main memory, so that nothing on a GPU goes through the object store; then two halves of the GPU
+    assert moves == [("cpu", True), ("cuda", False), ("cuda", False)]
+    decoders = {pid for where, pid in seen if where == "decoder"}
+    assert len(decoders) <= 2 * shards.DECODERS < N // SHARD * shards.DECODERS
+    assert not decoders & {pid for where, pid in seen if where == "cuda"}
+
+
+def test_an_encoder_on_a_gpu_without_gpus_is_an_error(tmp_path, cluster):
+    encoder = Moving()
+    encoder.device = torch.device("cuda")
+    with pytest.raises(ValueError, match=r"encoder is on cuda but gpus is 0.*gpus=1, or load .*device='cpu'"):
+        bank.build(FakeDataset(N), encoder, PLAN, tmp_path, "ray", shard=SHARD)
+
+
+def test_what_ray_itself_raises_is_an_error_of_the_bank(tmp_path, cluster, monkeypatch):
+    def full(_):
+        raise ray.exceptions.ObjectStoreFullError("the object store is full")
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(BankError, match=r"Ray failed.*the object store is full"):
+        spread(tmp_path, FakeDataset(N))
+
+
 def test_more_than_the_cluster_has(tmp_path, cluster):
-    with pytest.raises(ValueError, match=r"no machine of the Ray cluster has 1 processors and 0\.5 GPUs"):
-        spread(tmp_path, FakeDataset(N), gpus=0.5)
+    with pytest.raises(ValueError, match=r"no machine of the Ray cluster has 1 processors and 1\.5 GPUs"):
+        spread(tmp_path, FakeDataset(N), gpus=1.5)
 
 
 def test_no_cluster_at_the_address(tmp_path, monkeypatch):

@@ -233,11 +233,47 @@ def test_the_fingerprint_follows_the_weights(encoder):
     optimizer.step()
     adapted = encoder.fingerprint
     assert adapted != first
-    norm.data.mul_(-1)
-    behind = encoder.fingerprint
-    assert behind not in (first, adapted)
+    seen = {first, adapted}
+    matrix = encoder.visual.transformer.resblocks[0].mlp[0].weight
+    with torch.no_grad():
+        matrix[0, :2] = matrix[1, :2].clone()
+    seen.add(encoder.fingerprint)
+    for change in (
+        lambda: norm.data.mul_(-1),
+        lambda: norm.data.copy_(norm.data.flip(0)),  # the same numbers in another order
+        lambda: matrix.data.copy_(matrix.data.flip(0)),
+        lambda: matrix.data.copy_(torch.stack([matrix.data[1], matrix.data[0], *matrix.data[2:]])),
+    ):
+        change()
+        assert encoder.fingerprint not in seen
+        seen.add(encoder.fingerprint)
     encoder.model.load_state_dict(clip().state_dict())
     assert encoder.fingerprint == first
+
+
+@pytest.mark.parametrize("count", [1, 3, 1001, 3 * encode.BLOCK // 2 + 4])
+def test_a_checksum_sees_every_bit_and_every_order(count):
+    draw = torch.Generator().manual_seed(count)
+    weight = torch.randn(count, generator=draw)
+    assert encode._checksum(weight) == encode._checksum(weight.clone().view(1, -1))
+    for i in {0, count // 2, count - 1}:
+        other = weight.clone()
+        other.view(torch.uint8)[4 * i] ^= 1
+        assert encode._checksum(other) != encode._checksum(weight)
+        swapped = weight.clone()
+        swapped[[i, (i + 2) % count]] = weight[[(i + 2) % count, i]]
+        assert (encode._checksum(swapped) == encode._checksum(weight)) == torch.equal(swapped, weight)
+    inside = torch.cat([weight[:1], weight])[1:]  # begins in the middle of a word
+    changed = torch.cat([weight[:1], weight.flip(0)])[1:]
+    assert (encode._checksum(inside) == encode._checksum(changed)) == (count == 1)
+
+
+def test_the_hash_is_the_one_that_recorded_runs_name():
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(6.0).view(2, 3))
+        layer.bias.zero_()
+    assert encode._hash(layer) == "902b07dcb790a140f7e82a4bd55c9a89"
 
 
 def test_text_is_encoded_once_for_its_weights(encoder):
@@ -301,6 +337,32 @@ def test_out_of_memory_halves_the_batch_and_goes_on(encoder, pictures, boxes):
     assert encoder.batch_size == 64
 
 
+def test_what_does_not_fit_may_also_be_the_extraction(encoder, pictures, boxes, monkeypatch):
+    wanted, whole = encoder.encode_crops(pictures, boxes), encoder.encode_images(pictures)
+    asked, real = [], encoder._crops
+
+    def small_device(some, rows):
+        asked.append(sum(map(len, rows)))
+        if asked[-1] > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(some, rows)
+
+    monkeypatch.setattr(encoder, "_crops", small_device)
+    torch.testing.assert_close(encoder.encode_crops(pictures, boxes), wanted, atol=1e-5, rtol=0)
+    assert asked == [20, 10, 5, 5, 5, 5]
+    moved, encoder._fits = [], None
+
+    def once(picture):
+        moved.append(picture)
+        if len(moved) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return picture
+
+    monkeypatch.setattr(encoder, "_move", once)
+    torch.testing.assert_close(encoder.encode_images(pictures), whole, atol=1e-5, rtol=0)
+    assert encoder._fits == 2
+
+
 def test_a_device_too_small_for_one_picture_says_so(encoder, pictures):
     def full(module, args):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -319,10 +381,56 @@ def test_no_tensor_is_left_on_another_device(monkeypatch):
         assert feature.device.type == token.device.type == "cuda"
         assert feature.dtype == token.dtype == torch.float32
         assert feature.shape == (5, 24)
-        part = crops.extract(torch.empty(3, 40, 50, dtype=torch.uint8), torch.empty(5, 4), 32)
-        found, _ = encoder._encode([part, part], cls=False)
-        assert found.device.type == "cuda"
-        assert found.shape == (10, 24)
+        # a fake tensor has no values: what looks at them, on the host before anything is moved, is left out
+        monkeypatch.setattr(encode, "_check_boxes", lambda *_: None)
+        monkeypatch.setattr(encode, "_distinct", lambda box: (box.reshape(-1, 4), torch.arange(5, device="cpu")))
+        monkeypatch.setattr(encode, "_state", lambda _: ())
+        monkeypatch.setattr(encode, "_plain_text", lambda _: False)
+        encoder.tokenize = lambda text: torch.zeros(len(text), 16, dtype=torch.int64, device="cpu")
+        moved, pin = [], lambda tensor: moved.append(tensor) or tensor
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+        for squash in (False, True):
+            encoder.squash = squash
+            for device in ("cpu", "cuda"):
+                some = [torch.empty(3, h, w, dtype=torch.uint8, device=device) for h, w in ((40, 50), (60, 30))]
+                box = torch.empty(2, 5, 4, device="cpu")
+                found = [*encoder.encode_crops(some, box, cls=True), *encoder.encode_images(some, cls=True)]
+                found += [encoder.encode_crops(some[0], box[0]), encoder.encode_images(some)]
+                found.append(encoder.encode_text(["a bird", "a nest", "a bird"]))
+                assert {(x.device.type, x.dtype) for x in found} == {("cuda", torch.float32)}
+                shapes = [(2, 5, 24), (2, 5, 64), (2, 24), (2, 64), (5, 24), (2, 24), (3, 24)]
+                assert [tuple(x.shape) for x in found] == shapes
+        assert {x.device.type for x in moved} == {"cpu"}
+
+
+def test_on_a_gpu_many_pictures_are_cut_at_once(pictures, boxes, monkeypatch):
+    encoder = encoder_of(clip(), batch_size=7)
+    wanted = encoder._crops(pictures, list(boxes))
+    monkeypatch.setattr(encoder, "device", torch.device("meta"))  # anything but the CPU
+    monkeypatch.setattr(encoder, "_move", lambda picture: picture)
+    asked = []
+
+    def extract(some, box, size, **facts):
+        asked.append(len(some))
+        return crops.extract_batched(some, box, size, **facts)
+
+    monkeypatch.setattr(encode.crops, "extract", extract)
+    ours = encoder._crops(pictures, list(boxes))
+    one_by_one = torch.cat([encoder._crops([x], [rows]) for x, rows in zip(pictures, boxes)])
+    assert asked == [4, 1, 1, 1, 1]
+    assert (ours - one_by_one).abs().max() < 1.01 / 255 / min(encoder.std)
+    assert (ours - wanted).abs().max() < 2.01 / 255 / min(encoder.std)
+    uneven = encoder._crops(pictures[:3], [boxes[0][:1], boxes[1], boxes[2][:3]])
+    torch.testing.assert_close(uneven, torch.cat([ours[:1], ours[5:13]]), atol=1.01 / 255 / 0.1, rtol=0)
+
+
+def test_groups_of_pictures_fit_the_block(monkeypatch):
+    sliver = [(1, 4000), (4000, 1), (4000, 1), (1, 4000)]
+    assert list(encode._groups([(400, 500)] * 5)) == [[0, 1, 2, 3, 4]]
+    monkeypatch.setattr(crops, "BLOCK_BYTES", 15 * 8000)
+    assert list(encode._groups(sliver)) == [[0], [1, 2], [3]]
+    assert list(encode._groups([(300, 300), (1, 1)])) == [[0], [1]]  # one picture is a group, however large
+    assert list(encode._groups([])) == []
 
 
 def test_bf16_is_close_and_says_when_it_is_slow(registry, pictures):
@@ -352,10 +460,27 @@ def test_wrong_precision_or_device(options, message):
         encode.load("birdlets-tiny", **options)
 
 
-def test_to_keeps_weights_and_batch_size(encoder, pictures):
-    other = encoder_of(clip(), batch_size=7).to("cpu")
-    assert other.batch_size == 7
-    assert other.fingerprint == encoder.fingerprint
+def test_to_is_a_copy_with_the_same_weights_and_batch_size(encoder, pictures):
+    first = encoder_of(clip(), batch_size=7, precision="bf16")
+    other = first.to("cpu")
+    assert (other.batch_size, other.precision) == (7, "bf16")
+    assert other.fingerprint == first.fingerprint == encoder.fingerprint
+    with torch.no_grad():
+        other.visual.proj.zero_()
+    assert first.fingerprint == encoder.fingerprint != other.fingerprint
+    far = first.to("meta")
+    assert {p.device.type for p in far.model.parameters()} == {"meta"}
+    assert {p.device.type for p in first.model.parameters()} == {"cpu"} == {first.device.type}
+
+
+def test_an_encoder_may_be_prepared_for_a_device_that_is_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder = encode.load("birdlets-tiny", device="cpu", precision="fp16", runs_on="cuda")
+    assert (encoder.device.type, encoder.precision) == ("cpu", "fp16")
+    assert encoder.batch_size == encode._default_batch_size(48, torch.device("cuda")) != 64
+    assert encoder.to("meta").batch_size == encoder.batch_size
 
 
 def test_it_travels_to_another_process(encoder, pictures):
@@ -451,12 +576,55 @@ def test_openais_layout_of_another_shape(registry):
 
 def test_a_gelu_checkpoint_loads_with_gelu(registry):
     save_file(clip().state_dict(), registry / "x.safetensors")
-    encoder = encode.load("small", pretrained=registry / "x.safetensors", device="cpu")
+    with pytest.warns(
+        UserWarning, match=r"preprocessing that .*x\.safetensors .*'small' \(its tags differ in it\)"
+    ) as w:
+        encoder = encode.load("small", pretrained=registry / "x.safetensors", device="cpu")
+    assert w[0].filename == __file__
     assert not any(isinstance(module, QuickGELU) for module in encoder.model.modules())
     assert encoder.fingerprint == encoder_of(clip()).fingerprint
     assert encoder.mean == open_clip.OPENAI_DATASET_MEAN
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_file_of_a_model_whose_tags_agree_gets_their_preprocessing(registry, monkeypatch):
+    half = (0.5, 0.5, 0.5)
+    facts = {"mean": half, "std": half, "resize_mode": "squash"}
+    tags = {"one": {"hf_hub": "nobody/one/", **facts}, "two": {"hf_hub": "nobody/two/", **facts}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tags)
+    save_file(clip().state_dict(), registry / "x.safetensors")
+    encoder = encode.load("small", registry / "x.safetensors", device="cpu")
+    assert encoder.mean == encoder.std == half
+    assert encoder.squash
+    siglip = sources._published("ViT-B-16-SigLIP", "mine.pt", ["webli"])
+    assert siglip == facts
+    tags["two"]["std"] = (0.4, 0.5, 0.5)
+    with pytest.warns(UserWarning, match="its tags differ"):
+        assert encode.load("small", registry / "x.safetensors", device="cpu").std == open_clip.OPENAI_DATASET_STD
+    tags.clear()
+    with pytest.warns(UserWarning, match="it has no tags"):
+        encode.load("small", registry / "x.safetensors", device="cpu")
+
+
+def test_a_downloaded_file_that_is_damaged_is_named(registry, monkeypatch):
+    path = registry / "x.safetensors"
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda facts: str(path))
+    save_file(clip().state_dict(), path)
+    content = path.read_bytes()
+    for wrong in (b"", content[: len(content) // 2], b"not found"):
+        path.write_bytes(wrong)
+        with pytest.raises(
+            ValueError, match=rf"{path}, downloaded as 'gelu' of 'small', cannot be loaded .*remove"
+        ) as e:
+            encode.load("small", "gelu", device="cpu")
+        assert "\n" not in str(e.value)
+    save_file(clip(vision_cfg={**VISION, "width": 128}).state_dict(), path)
+    with pytest.raises(ValueError, match="belongs to another model") as error:
+        encode.load("small", "gelu", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:nothing tells the preprocessing")
 def test_half_precision_checkpoints_become_float32(registry):
     path = registry / "x.pt"
     torch.save({key: value.half() for key, value in clip().state_dict().items()}, path)
@@ -622,6 +790,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
         encode.load("ViT-B-32", tmp_path / "x.pt", device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore:nothing tells the preprocessing")
 def test_a_checkpoint_of_another_shape_names_the_model_that_has_it(registry):
     wide = clip(vision_cfg={**VISION, "width": 128})
     save_file(wide.state_dict(), registry / "x.safetensors")
@@ -652,6 +821,8 @@ def test_pictures_and_boxes_that_do_not_fit(encoder, pictures, boxes):
         ValueError, match=r"box \(.*99.0.*\) is empty or not inside the picture of width 80 and height 60"
     ):
         encoder.encode_crops(pictures[0], torch.tensor([[0, 0, 9, 9], [0, 0, 99, 9.0]]))
+    with pytest.raises(ValueError, match=r"shapes \[\(4,\), \(5,\)\]: give each picture as many boxes"):
+        encoder.encode_crops(pictures, [*boxes[:3], boxes[3][:4]])
     with pytest.raises(TypeError, match=r"list of sentences: give \['a bird'\]"):
         encoder.encode_text("a bird")
     assert not sizes

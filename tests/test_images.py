@@ -25,13 +25,13 @@ def channels_first(array):
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-def png(width, height, body=b""):
-    """A PNG whose header claims a size and whose body is what we say."""
+def png(width, height, body=b"", depth=8):
+    """A PNG of RGB whose header claims a size and a depth in bits, and whose body is what we say."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
@@ -90,6 +90,20 @@ def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path, suffix):
     deep = RNG.integers(0, 65536, (5, 7), dtype=np.uint16)
     pixels = load_image(save(tmp_path / f"a.{suffix}", deep))
     assert torch.equal(pixels, torch.from_numpy((deep >> 8).astype(np.uint8)).expand(3, -1, -1))
+
+
+def test_sixteen_bit_pgm_keeps_its_high_byte(tmp_path):
+    deep = RNG.integers(0, 65536, (5, 7), dtype=np.uint16)
+    (tmp_path / "a.pgm").write_bytes(b"P5 7 5 65535\n" + deep.astype(">u2").tobytes())
+    pixels = load_image(tmp_path / "a.pgm")
+    assert torch.equal(pixels, torch.from_numpy((deep >> 8).astype(np.uint8)).expand(3, -1, -1))
+
+
+def test_sixteen_bit_rgb_keeps_its_high_bytes(tmp_path):
+    deep = RNG.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in deep)  # 0: no filter
+    (tmp_path / "a.png").write_bytes(png(7, 5, lines, depth=16))
+    assert torch.equal(load_image(tmp_path / "a.png"), channels_first((deep >> 8).astype(np.uint8)))
 
 
 def test_alpha_is_dropped(tmp_path):
@@ -153,9 +167,11 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
         load_image(path)
 
 
-def test_floating_point_pixels_are_refused(tmp_path):
-    with pytest.raises(ImageError, match="floating point"):
-        load_image(save(tmp_path / "a.tif", RNG.random((4, 4), dtype=np.float32)))
+@pytest.mark.parametrize("top", [1, 255, 65535, 2**31 - 1])
+@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_pixels_without_a_defined_white_are_refused(tmp_path, dtype, mode, top):
+    with pytest.raises(ImageError, match=f"mode '{mode}' have no defined white"):
+        load_image(save(tmp_path / "a.tif", (RNG.random((4, 4)) * top).astype(dtype)))
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -29,7 +29,7 @@ def _run(options: argparse.Namespace) -> int:
     overrides = dict(params.override(text) for text in options.parameter)
     jobs = [job for file in options.file for job in params.jobs(file, overrides)]
     root = options.results or paths.results()
-    plans = run.plan(jobs, root, options.force)
+    plans = run.plan(jobs, root, options.force, here=not options.ray)
     if options.dry_run:
         for item in plans:
             state = (
@@ -41,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
             )
             print(f"{item.job.name}-{item.hash}  {state}")
         print(f"{len(plans)} runs")
-        return 0
+        return int(any(item.missing and not item.complete for item in plans))
     outcomes = run.execute(plans, root, options.workers, options.ray)
     print(run.summary(outcomes).to_string(index=False))
     for outcome in outcomes:
@@ -96,8 +96,11 @@ def _build(options: argparse.Namespace) -> int:
     from upclose import bank, datasets, encode
     from upclose.features import Plan
 
+    if options.gpus and not options.ray:
+        raise ValueError("--gpus is a Ray actor's share: give --ray ADDRESS too, or choose the GPU with --device cuda")
     data = datasets.load(options.dataset, options.split)
-    encoder = encode.load(options.backbone, options.pretrained, options.device, options.precision)
+    device, target = ("cpu", "cuda") if options.gpus else (options.device, None)  # the head need not have a GPU
+    encoder = encode.load(options.backbone, options.pretrained, device, options.precision, runs_on=target)
     plan = Plan(
         options.sampler,
         options.crops,
@@ -130,6 +133,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(tables=options.tables, as_json=options.json)
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -155,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--dry-run", action="store_true", help="only say what would be run")
     run.add_argument("--force", action="store_true", help="run again what is complete")
-    run.add_argument("--workers", type=int, default=1, metavar="N", help="notebooks at a time (default 1)")
+    run.add_argument("--workers", type=_count, default=1, metavar="N", help="notebooks at a time (default 1)")
     run.add_argument("--ray", metavar="ADDRESS", help="an existing Ray cluster: auto, HOST:PORT, or local to start one")
     run.add_argument("--results", type=Path, help="results folder (default: UPCLOSE_RESULTS, else results/)")
     run.set_defaults(function=_run)
@@ -215,9 +224,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except _expected() as error:
         print(f"upclose {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    ray = sys.modules.get("ray")
+    return (ValueError, OSError, RuntimeError, ImportError, *((ray.exceptions.RayError,) if ray else ()))
 
 
 if __name__ == "__main__":

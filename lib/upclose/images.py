@@ -32,8 +32,9 @@ class ImageError(ValueError):
 def load_image(path: str | os.PathLike) -> Tensor:
     """Decode an image file as the eye would see it.
 
-    Turned upright by its EXIF orientation; grey, palette and CMYK become RGB; 16-bit grey keeps its high byte; of an
-    animation the first frame counts; alpha is dropped, as CLIP's own preprocessing (`convert("RGB")`) does.
+    Turned upright by its EXIF orientation; grey, palette and CMYK become RGB; 16-bit grey and colour keep their high
+    bytes; of an animation the first frame counts; alpha is dropped, as CLIP's own preprocessing (`convert("RGB")`)
+    does. 32-bit and floating point pixels are refused: nothing in the file says which number is white.
 
     Args:
         path: of a file in any format that Pillow reads
@@ -42,8 +43,8 @@ def load_image(path: str | os.PathLike) -> Tensor:
         uint8 (3, H, W)
 
     Raises:
-        ImageError: the file is missing, empty, cut short, no image, of floating point numbers, or has more than
-            `MAX_PIXELS` pixels (looked up in its header, before anything is decoded)
+        ImageError: the file is missing, empty, cut short, no image, of 32-bit or floating point numbers, or has more
+            than `MAX_PIXELS` pixels (looked up in its header, before anything is decoded)
         OSError: the disk or the network failed, which says nothing about the picture
     """
     try:
@@ -51,6 +52,8 @@ def load_image(path: str | os.PathLike) -> Tensor:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(path, f"{width} x {height} pixels are more than {MAX_PIXELS:,} (decompression bomb?)")
+            if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PGM of 16 bits is "I" as well
+                raise ImageError(path, f"pixels of mode {image.mode!r} have no defined white: save it as 8-bit")
             return torch.from_numpy(_rgb(ImageOps.exif_transpose(image)).transpose(2, 0, 1).copy())
     except (ImageError, MemoryError):
         raise
@@ -67,8 +70,6 @@ def load_image(path: str | os.PathLike) -> Tensor:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode == "F":
-        raise ValueError("floating point pixels have no defined white: save it as 8-bit")
     if image.mode.startswith("I"):
         high = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         return np.repeat(high.astype(np.uint8)[..., None], 3, axis=2)

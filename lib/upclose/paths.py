@@ -1,8 +1,9 @@
-"""Where things are: never relative to the working directory."""
+"""Where things are, never relative to the working directory; and how a file is written whole."""
 
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -19,9 +20,9 @@ def cache() -> Path:
     return Path(os.environ.get("UPCLOSE_CACHE") or default)
 
 
-def bank() -> Path:
-    """Where feature banks are kept: `UPCLOSE_BANK`, else `bank` in the cache."""
-    return Path(os.environ.get("UPCLOSE_BANK") or cache() / "bank")
+def bank() -> str:
+    """Where feature banks are kept: `UPCLOSE_BANK`, a folder or an fsspec URL (s3://...), else `bank` in the cache."""
+    return os.environ.get("UPCLOSE_BANK") or str(cache() / "bank")
 
 
 def data() -> Path:
@@ -44,3 +45,21 @@ def run_name() -> str:
     """The name of that run, empty when there is none."""
     folder = run_folder()
     return folder.name.removeprefix(".partial-") if folder else ""
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a temporary name beside it, fsync, rename, fsync of the folder."""
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

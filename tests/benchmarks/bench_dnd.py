@@ -1,9 +1,9 @@
 """D&D: batched scores over a loop over images and classes, and the memory of the few-shot evaluation."""
 
-import resource
 import time
 
 import torch
+from measure import peak_growth
 from torch.nn.functional import normalize
 
 from upclose import seeds, transport
@@ -37,18 +37,32 @@ def timed(function):
     return function(), time.perf_counter() - start
 
 
-def peak():
-    """The process's largest resident set so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def main():
-    torch.set_num_threads(1)
+def inputs():
+    """The text, the labels and views of the training images, the views of the test images."""
     draw = seeds.generator(0, "bench_dnd")
     text = Text.from_lists(unit(draw, CLASSES), list(unit(draw, CLASSES, DESCRIPTIONS)))
     label = torch.arange(CLASSES).repeat_interleave(SHOTS)
     train = Views(unit(draw, len(label)), unit(draw, len(label), CROPS))
     test = Views(unit(draw, TEST), torch.cat([unit(draw, 500, CROPS) for _ in range(TEST // 500)]))
+    return text, label, train, test
+
+
+def few_shot():
+    """The evaluation with 16 shots; gives the number of keys."""
+    torch.set_num_threads(1)
+    text, label, train, test = inputs()
+
+    def run():
+        cache = dnd.local_cache(train, label, text)
+        dnd.cache_scores(test, cache, CLASSES, 5.0)
+        return len(cache.key)
+
+    return run
+
+
+def main():
+    torch.set_num_threads(1)
+    text, _, _, test = inputs()
     few = test.select(slice(0, TIMED))
     dnd.scores(few, text, max_iter=1)
     print("measure | baseline | ours | ratio | target")
@@ -59,11 +73,9 @@ def main():
     pairs = TIMED * CLASSES
     print(f"scores, {pairs} pairs of 9 x 9, s over a loop | {slow:.2f} | {seconds:.3f} | {slow / seconds:.0f} | -")
 
-    inputs = peak()
-    cache, _ = timed(lambda: dnd.local_cache(train, label, text))
-    _, seconds = timed(lambda: dnd.cache_scores(test, cache, CLASSES, 5.0))
-    over = peak() - inputs
-    print(f"few-shot, {len(cache.key)} keys, {TEST} images, GiB over inputs | - | {over:.2f} | - | <= 1.5")
+    keys, seconds = timed(few_shot())
+    over = peak_growth("bench_dnd", "few_shot") / 1024
+    print(f"few-shot, {keys} keys, {TEST} images, GiB over inputs | - | {over:.2f} | - | <= 1.5")
     print(f"few-shot, the same, s | - | {seconds:.1f} | - | -")
 
 

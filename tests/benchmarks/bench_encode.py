@@ -1,10 +1,10 @@
 """Crop and encode: over a plain PIL loop that encodes image by image, and over encoding alone."""
 
-import time
 import warnings
 
 import torch
 from bench_crops import plain_loop
+from measure import rates
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
@@ -21,21 +21,8 @@ def baseline(visual, images, boxes, encoder):
             torch.nn.functional.normalize(visual(plain_loop(image, box, encoder.image_size)), dim=-1)
 
 
-def rates(crops_encoded, *functions):
-    """Crops a second of each, the best of several rounds in turn."""
-    best = [float("inf")] * len(functions)
-    for function in functions:
-        function()
-    for _ in range(ROUNDS):
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return [crops_encoded / seconds for seconds in best]
-
-
-def measure(encoder, pictures):
-    """Crops/s of the baseline, of ours, and of ours on ready tensors."""
+def measure(encoder, pictures, *others):
+    """Crops/s of the baseline, of ours, of ours on ready tensors, and of other encoders' ours, all in turn."""
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     boxes = torch.stack([crops.sample_boxes(*p.shape[1:], CROPS, key=str(i)) for i, p in enumerate(pictures)])
     ready = crops.extract(pictures, boxes, encoder.image_size, mean=encoder.mean, std=encoder.std).flatten(0, 1)
@@ -50,6 +37,8 @@ def measure(encoder, pictures):
         lambda: baseline(encoder.visual, images, boxes, encoder),
         lambda: encoder.encode_crops(pictures, boxes),
         encode_only,
+        *(lambda other=other: other.encode_crops(pictures, boxes) for other in others),
+        rounds=ROUNDS,
     )
 
 
@@ -69,12 +58,12 @@ def main():
     print(f"{CROPS} crops an image, crops/s, {torch.get_num_threads()} threads, best of {ROUNDS}")
     print("measure | baseline | ours | ratio | target")
     photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1).contiguous()
-    base, ours, alone = measure(encode.load("ViT-B-32", device="cpu"), [photograph])
+    half = [encode.load("ViT-B-32", device="cpu", precision="bf16")] if encode.bf16_on_cpu() else []
+    base, ours, alone, *half = measure(encode.load("ViT-B-32", device="cpu"), [photograph], *half)
     print(f"ViT-B-32, fp32 | {base:.1f} | {ours:.1f} | {ours / base:.2f} | 1.0")
     print(f"ViT-B-32, fp32, end to end over encoding alone | {alone:.1f} | {ours:.1f} | {ours / alone:.2f} | -")
-    if encode.bf16_on_cpu():
-        half = measure(encode.load("ViT-B-32", device="cpu", precision="bf16"), [photograph])[1]
-        print(f"ViT-B-32, bf16 over the fp32 baseline | {base:.1f} | {half:.1f} | {half / base:.2f} | 1.7")
+    if half:
+        print(f"ViT-B-32, bf16 over the fp32 baseline | {base:.1f} | {half[0]:.1f} | {half[0] / base:.2f} | 1.7")
     else:
         print("ViT-B-32, bf16 over the fp32 baseline | - | not measured: no bf16 hardware | - | 1.7")
     small = birdlets_tiny()

@@ -4,10 +4,10 @@ The baseline is written for speed within its loop: rows by index, one small matr
 """
 
 import argparse
-import resource
 import time
 
 import torch
+from measure import peak_growth
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -34,9 +34,19 @@ def loop(ladder: Tensor, image: Tensor, label: Tensor, description: list[Tensor]
     return out
 
 
-def peak() -> float:
-    """Peak resident memory of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def inputs(images: int, classes: int, crops: int, descriptions: int, steps: int, dim: int) -> tuple[Tensor, ...]:
+    """(B, T, N, D), (B, D), (C, D), (C, M, D) random unit vectors."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((images, steps, crops), (images,), (classes,), (classes, descriptions))
+    return tuple(normalize(torch.randn(*shape, dim, generator=generator), dim=-1) for shape in shapes)
+
+
+def scoring(*sizes: int):
+    """The call whose memory is measured, after a small one."""
+    ladder, image, label, description = inputs(*sizes)
+    text = Text.from_lists(label, list(description))
+    lgca.scores(ladder[:1], image[:1], Text.from_lists(label[:2], list(description[:2])))
+    return lambda: lgca.scores(ladder, image, text)
 
 
 def main() -> None:
@@ -52,19 +62,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     n = parser.parse_args()
 
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(*shape: int) -> Tensor:
-        return normalize(torch.randn(*shape, n.dim, generator=generator), dim=-1)
-
-    ladder, image, label = unit(n.images, n.steps, n.crops), unit(n.images), unit(n.classes)
-    description = list(unit(n.classes, n.descriptions))
-    text = Text.from_lists(label, description)
-    lgca.scores(ladder[:1], image[:1], Text.from_lists(label[:2], description[:2]))
-
-    before, ours, baseline = peak(), [], []
-    found = lgca.scores(ladder, image, text)
-    memory = peak() - before
+    sizes = n.images, n.classes, n.crops, n.descriptions, n.steps, n.dim
+    memory = peak_growth("bench_lgca", "scoring", *sizes)
+    ladder, image, label, description = inputs(*sizes)
+    text = Text.from_lists(label, list(description))
+    found, ours, baseline = lgca.scores(ladder, image, text), [], []
     for _ in range(n.repeats):
         start = time.perf_counter()
         lgca.scores(ladder, image, text)

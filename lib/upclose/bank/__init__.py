@@ -4,7 +4,8 @@ A bank is a folder `<root>/<key>/` of safetensors shards, one a block of images,
 last: without it a bank is unfinished and is not read. The key is a hash of everything that the numbers depend on, so a
 bank cannot be read with other weights, another plan or another precision than it was made with. A killed build goes on
 where it stopped. With the same key and the same number of threads the bytes are the same, however the build was
-interrupted or spread, because the pictures of a shard always meet the encoder in the same batches.
+interrupted or spread, because the pictures of a shard always meet the encoder in the same batches; only a device that
+runs out of memory makes the batches smaller, and the features differ by rounding.
 
     views, label, index = bank.build(dataset, encoder, plan).read()
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -34,6 +35,7 @@ from upclose.bank import cluster, shards
 from upclose.bank import store as stores
 from upclose.bank.store import BankError, Store
 from upclose.features import Dataset, Ladder, Plan, Views
+from upclose.images import ImageError
 
 __all__ = ["Bank", "BankError", "build", "key", "ls", "open", "rm", "verify"]
 
@@ -77,6 +79,7 @@ class Bank:
         Raises:
             ValueError: the slice has a step
             BankError: a shard is missing or damaged
+            OSError, RuntimeError: it cannot be opened or mapped, which says nothing about the shard
         """
         start, stop, step = images.indices(len(self))
         if step != 1:
@@ -105,7 +108,7 @@ class Bank:
                 index = file.get_tensor("index")
                 first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
                 return {name: file.get_slice(name)[first:last] for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
+        except (SafetensorError, FileNotFoundError, BankError) as error:
             raise _damaged(self.folder, [{"shard": shard["name"], "reason": str(error)}]) from error
 
 
@@ -134,9 +137,11 @@ def build(
         dataset: whose pictures
         encoder: from `encode.load`
         plan: which crops
-        root: folder or fsspec URL under which banks lie, None for `paths.bank()`
+        root: folder or fsspec URL under which banks lie, None for `paths.bank()`. Of two builders at once the second
+            waits, but not when they are on two machines and the root is a URL: they do the same work twice
         executor: "local", or "ray" to spread the shards over a Ray cluster (extra [cluster])
-        on_error: "raise" stops at the first unreadable picture, "skip" lists it in the manifest and leaves it out
+        on_error: "raise" stops at the first unreadable picture, "skip" lists it in the manifest and leaves it out;
+            a picture that is listed there and has become readable since is encoded now
         dtype: "float16" or "float32", of the embeddings on disk
         shard: images a file, a multiple of `shards.BATCH`; at most this many are encoded again after a kill
         progress: show a bar of crops, None where a terminal is looking
@@ -162,18 +167,15 @@ def build(
     identity = _identity(dataset, encoder, plan, dtype)
     home, name = stores.locate(root), _key(identity)
     folder = home.join(name)
-    make = partial(shards.make, dataset, encoder, plan, dtype, on_error, folder)
-    if executor == "ray":
-        spread = partial(cluster.spread, make, folder, address, workers, gpus)
-    else:
-        spread = make
+    job = shards.Job(dataset, encoder, plan, dtype, on_error, folder)
+    spread = partial(cluster.spread, job, address, workers, gpus) if executor == "ray" else partial(_here, job)
 
-    manifest = _finished(folder)
+    manifest = _finished(folder, dataset)
     if manifest is None:
         with stores.lock(home, name):
-            manifest = _finished(folder)  # the builder that we waited for may have finished it
+            manifest = _finished(folder, dataset)  # the builder that we waited for may have finished it
             if manifest is None:
-                manifest = _fill(folder, dataset, plan, identity, on_error, shard, progress, spread)
+                manifest = _fill(job, identity, shard, progress, spread)
     _check_errors(manifest, on_error)
     return Bank(folder, manifest, dataset.label)
 
@@ -251,12 +253,18 @@ def verify(root: str | os.PathLike | None, key: str, mend: bool = False) -> list
 def rm(root: str | os.PathLike | None, key: str) -> int:
     """Remove a bank, once nobody builds it, and return the bytes that it held.
 
+    Of a finished remote bank the copies in this machine's cache go as well; other machines keep theirs, whose folder
+    (`shards` in the cache) can be removed at any time.
+
     Raises:
         BankError: there is no such bank
     """
     folder = _existing(root, key)
     with stores.lock(stores.locate(root), key), stores.writing(folder):
         held = stores.sizes(folder)
+        if not folder.local and MANIFEST in held:
+            for shard in (stores.unseal(stores.read(folder, MANIFEST)) or {"shards": []})["shards"]:
+                _copy(shard).unlink(missing_ok=True)
         for name in sorted(held, key=lambda name: name != MANIFEST):  # the manifest first: never a finished half
             folder.files.rm_file(folder.join(name).path)
         with suppress(FileNotFoundError):  # object stores have no folders
@@ -293,13 +301,19 @@ def _key(identity: dict) -> str:
     return f"{names}-{digest[:20]}"
 
 
-def _fill(folder, dataset, plan, identity, on_error, size, progress, spread) -> dict:
+def _here(job: shards.Job, todo: list[tuple[int, int]], advance) -> list[dict]:
+    with shards.decoders(job) as pool:
+        return shards.make(job, pool, todo, advance)
+
+
+def _fill(job: shards.Job, identity: dict, size: int, progress: bool | None, spread) -> dict:
     """Encode what is missing, write the manifest, return it."""
+    dataset, plan, folder = job.dataset, job.plan, job.folder
     with stores.writing(folder):
         folder.files.makedirs(folder.path, exist_ok=True)
-    done = _survivors(folder, len(dataset))
-    if on_error == "raise":
-        _check_errors({"errors": _listed(done, dataset)}, on_error)
+    done = _survivors(folder, dataset)
+    if job.on_error == "raise":
+        _check_errors({"errors": _listed(done, dataset)}, job.on_error)
     todo, position = [], 0
     for start, stop in [(entry["start"], entry["stop"]) for entry in done] + [(len(dataset), None)]:
         todo += [(first, min(first + size, start)) for first in range(position, start, size)]
@@ -326,15 +340,19 @@ def _fill(folder, dataset, plan, identity, on_error, size, progress, spread) -> 
     return stores.unseal(stores.read(folder, MANIFEST))
 
 
-def _survivors(folder: Store, images: int) -> list[dict]:
-    """The intact shards of an earlier build, in order; whatever else lies in the folder is removed."""
+def _survivors(folder: Store, dataset: Dataset) -> list[dict]:
+    """The intact shards of an earlier build, in order; whatever else lies in the folder is removed.
+
+    A shard that lists a picture as unreadable, which can be read now, is not one of them.
+    """
     kept, position = [], 0
     for name in sorted(stores.sizes(folder)):
         match = stores.SHARD_NAME.fullmatch(name)
         start, stop = map(int, match.groups()) if match else (-1, -1)
-        if position <= start < stop <= images:
+        if position <= start < stop <= len(dataset):
             content = stores.read(folder, name)
-            if (errors := stores.unpack_errors(content)) is not None:
+            errors = stores.unpack_errors(content)
+            if errors is not None and not any(_is_readable(dataset, i) for i in errors):
                 kept.append(shards.entry(start, stop, content, errors))
                 position = stop
                 continue
@@ -353,18 +371,38 @@ def _check_errors(manifest: dict, on_error: str) -> None:
         return
     shown = "; ".join(f"{row['key']}: {row['error']}" for row in errors[:5]) + ("; ..." if len(errors) > 5 else "")
     if on_error == "raise":
-        raise ValueError(f"{len(errors)} pictures cannot be read ({shown}): mend them, or pass on_error='skip'")
-    warnings.warn(f"{len(errors)} pictures cannot be read and are left out of every result ({shown})", stacklevel=3)
+        raise ValueError(
+            f"{len(errors)} pictures cannot be read ({shown}): mend them and build again, or pass on_error='skip' to "
+            "leave them out of every result"
+        )
+    warnings.warn(
+        f"{len(errors)} pictures cannot be read and are left out of every result ({shown}): once they are mended, the "
+        "next build encodes them",
+        stacklevel=3,
+    )
 
 
-def _finished(folder: Store) -> dict | None:
-    """The manifest of a finished bank; None when there is work to do, said loudly when a finished bank was damaged."""
+def _is_readable(dataset: Dataset, i: int) -> bool:
+    try:
+        dataset.load(i)
+    except ImageError:
+        return False
+    return True
+
+
+def _finished(folder: Store, dataset: Dataset) -> dict | None:
+    """The manifest of a finished bank; None when there is work to do, said loudly when it had been finished once."""
+    if MANIFEST not in stores.sizes(folder):
+        return None
     try:
         manifest = _manifest(folder)
-    except BankError:
+        if damage := _wrong_sizes(folder, manifest):
+            raise _damaged(folder, damage)
+    except BankError as error:
+        warnings.warn(f"{error}. That is done now", stacklevel=3)
         return None
-    if damage := _wrong_sizes(folder, manifest):
-        warnings.warn(f"{_damaged(folder, damage)}. It is encoded again now", stacklevel=3)
+    if mended := [row["key"] for row in manifest["errors"] if _is_readable(dataset, row["index"])]:
+        warnings.warn(f"pictures that could not be read are encoded now: {', '.join(mended[:5])}", stacklevel=3)
         return None
     return manifest
 
@@ -419,12 +457,15 @@ def _on_this_machine(folder: Store, shard: dict) -> str:
     """The path of a shard that can be memory-mapped: of a remote one a copy in the cache, named by its checksum."""
     if folder.local:
         return folder.join(shard["name"]).path
-    cache = paths.cache() / "shards"
-    copy = cache / f"{shard['sha256']}.safetensors"
+    copy = _copy(shard)
     if not copy.exists():
         content = stores.read(folder, shard["name"])
         if hashlib.sha256(content).hexdigest() != shard["sha256"]:
             raise BankError("its bytes are not those that were written (checksum)")
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        stores.write(stores.locate(cache), copy.name, content)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        stores.write(stores.locate(copy.parent), copy.name, content)
     return str(copy)
+
+
+def _copy(shard: dict) -> Path:
+    return paths.cache() / "shards" / f"{shard['sha256']}.safetensors"

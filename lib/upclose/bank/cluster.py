@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from upclose.bank import shards
 from upclose.bank import store as stores
 from upclose.bank.store import BankError, Store
 
@@ -15,8 +16,7 @@ ATTEMPTS = 4  # at one shard, or to start actors before any of them works
 
 
 def spread(
-    make: Callable,
-    folder: Store,
+    job: shards.Job,
     address: str,
     workers: int | None,
     gpus: float,
@@ -25,11 +25,11 @@ def spread(
 ) -> list[dict]:
     """Encode and write shards on a cluster.
 
-    Every actor computes with as many threads as the driver does, so that the bytes are those of a local build.
+    Every actor computes with as many threads as the driver does, so that the bytes are those of a local build. The
+    encoder travels in main memory; an actor that has a GPU moves it there.
 
     Args:
-        make: `shards.make` with everything given but its last three arguments
-        folder: of the bank; every machine of the cluster must see it
+        job: what to encode; every machine of the cluster must see its folder
         address: of the cluster ("auto", "ray://host:10001", "host:6379"); unused when Ray is connected already
         workers: actors, None for as many as the cluster holds
         gpus: share of a GPU an actor asks for
@@ -41,14 +41,28 @@ def spread(
 
     Raises:
         ImportError: Ray is not installed
-        ValueError: no machine of the cluster has what an actor asks for
+        ValueError: no machine of the cluster has what an actor asks for, or the encoder is on a GPU and gpus is 0
         ConnectionError: there is no cluster at the address
-        BankError: workers are lost again and again, or do not write to the same root as this process reads
+        BankError: workers are lost again and again, do not write to the same root as this process reads, or Ray fails
     """
+    if job.encoder.device.type != "cpu":
+        if not gpus:
+            raise ValueError(
+                f"the encoder is on {job.encoder.device} but gpus is 0, so that no worker would have a GPU: ask for "
+                "gpus=1, or load the encoder with device='cpu'"
+            )
+        job = job._replace(encoder=job.encoder.to("cpu"))
     ray = _connect(address)
+    try:
+        return _spread(ray, job, workers, gpus, todo, advance)
+    except ray.exceptions.RayError as error:
+        raise BankError(f"Ray failed, the next build goes on from the finished shards ({error})") from error
+
+
+def _spread(ray: ModuleType, job: shards.Job, workers, gpus, todo, advance) -> list[dict]:
     threads = torch.get_num_threads()
     workers = min(len(todo), workers or _room(ray, threads, gpus))
-    shared = ray.put(make)
+    shared = ray.put(job)
     actor = ray.remote(num_cpus=threads, num_gpus=gpus)(Worker)
     waiting = {}  # what we wait for -> (actor, its shard; None while it starts)
 
@@ -83,7 +97,7 @@ def spread(
                 raise error.cause from None
             idle.append(worker)
             if shard:
-                _check_shared(folder, result)
+                _check_shared(job.folder, result)
                 entries.append(result)
                 advance(shard[1] - shard[0])
     finally:
@@ -93,21 +107,19 @@ def spread(
 
 
 class Worker:
-    """An actor: the encoder on this machine's device."""
+    """An actor: the encoder on this machine's device, and what decodes for it, for as many shards as come."""
 
-    def __init__(self, make: Callable, threads: int, gpus: float):
+    def __init__(self, job: shards.Job, threads: int, gpus: float):
         torch.set_num_threads(threads)
-        if gpus:
-            dataset, encoder, *rest = make.args
-            make = type(make)(make.func, dataset, encoder.to("cuda"), *rest)
-        self._make = make
+        self._job = job._replace(encoder=job.encoder.to("cuda")) if gpus else job
+        self._pool = shards.decoders(self._job)
 
     def ready(self) -> None:
         """Answer once the actor has started."""
 
     def make(self, shard: tuple[int, int]) -> dict:
         """Encode and write one shard."""
-        return self._make([shard], lambda _: None)[0]
+        return shards.make(self._job, self._pool, [shard])[0]
 
 
 def _connect(address: str) -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -27,6 +28,17 @@ DECODERS = min(8, os.cpu_count() or 1)  # that decode while the encoder works
 DTYPE = {"float16": torch.float16, "float32": torch.float32}
 
 
+class Job(NamedTuple):
+    """What is to be encoded, by what, to where; all but `folder` as in `bank.build`."""
+
+    dataset: Dataset
+    encoder: object
+    plan: Plan
+    dtype: str
+    on_error: str
+    folder: Store
+
+
 class Picture(NamedTuple):
     """A decoded picture, or why there is none.
 
@@ -42,24 +54,13 @@ class Picture(NamedTuple):
 
 
 def make(
-    dataset: Dataset,
-    encoder: object,
-    plan: Plan,
-    dtype: str,
-    on_error: str,
-    folder: Store,
-    ranges: list[tuple[int, int]],
-    advance: Callable[[int], object],
+    job: Job, pool: Executor, ranges: list[tuple[int, int]], advance: Callable[[int], object] = lambda images: None
 ) -> list[dict]:
     """Encode and write the shards of some ranges of images.
 
     Args:
-        dataset: as in `bank.build`
-        encoder: as in `bank.build`
-        plan: as in `bank.build`
-        dtype: as in `bank.build`
-        on_error: as in `bank.build`
-        folder: of the bank
+        job: what to encode
+        pool: its `decoders`
         ranges: (start, stop) of each shard
         advance: called with the number of images that each batch adds
 
@@ -69,8 +70,8 @@ def make(
     Raises:
         ValueError: a picture is unreadable and on_error is "raise", or the encoder's numbers are not finite
     """
-    positions = [i for start, stop in ranges for i in range(start, stop)]
-    pictures = decode(dataset, plan, positions, processes=encoder.device.type != "cpu")
+    dataset, encoder, plan, dtype, on_error, folder = job
+    pictures = decode(job, pool, (i for start, stop in ranges for i in range(start, stop)))
     entries = []
     for start, stop in ranges:
         parts, index, errors = [], [], {}
@@ -108,37 +109,40 @@ def entry(start: int, stop: int, content: bytes, errors: dict[int, str]) -> dict
     }
 
 
-def decode(dataset: Dataset, plan: Plan, positions: Iterable[int], processes: bool = False) -> Iterator[Picture]:
-    """The pictures at these positions, in order, decoded ahead by at most two batches.
+def decoders(job: Job) -> Executor:
+    """What decodes a job's pictures: threads where the encoder works on the processor's cores itself.
 
-    Args:
-        dataset: as in `bank.build`
-        plan: as in `bank.build`
-        positions: of the pictures
-        processes: decode in processes of their own, which take seconds to start and leave this one to the encoder;
-            otherwise in threads, which is best where the encoder takes the processor's cores itself
+    Otherwise processes, which take seconds to start and leave this one to the encoder; they start with the first
+    picture, are sent the data set once, and end with this process however it ends.
     """
+    if job.encoder.device.type == "cpu":
+        return ThreadPoolExecutor(DECODERS)
+    return ProcessPoolExecutor(DECODERS, multiprocessing.get_context("spawn"), _keep, (job.dataset, job.plan))
+
+
+def decode(job: Job, pool: Executor, positions: Iterable[int]) -> Iterator[Picture]:
+    """The pictures at these positions, in order, decoded ahead by at most two batches."""
     positions = iter(positions)
-    with _decoders(dataset, plan, processes) as pool:
-        load = _load_here if processes else partial(_load, dataset, plan)
-        ahead = deque(pool.submit(load, i) for i in islice(positions, 2 * BATCH))
-        while ahead:
-            picture = ahead.popleft().result()
-            ahead.extend(pool.submit(load, i) for i in islice(positions, 1))
-            yield picture
-
-
-def _decoders(dataset: Dataset, plan: Plan, processes: bool) -> Executor:
-    if processes:
-        return ProcessPoolExecutor(DECODERS, multiprocessing.get_context("spawn"), _keep, (dataset, plan))
-    return ThreadPoolExecutor(DECODERS)
+    load = _load_here if isinstance(pool, ProcessPoolExecutor) else partial(_load, job.dataset, job.plan)
+    ahead = deque(pool.submit(load, i) for i in islice(positions, 2 * BATCH))
+    while ahead:
+        picture = ahead.popleft().result()
+        ahead.extend(pool.submit(load, i) for i in islice(positions, 1))
+        yield picture
 
 
 def _keep(dataset: Dataset, plan: Plan) -> None:
     """In a decoding process: what every picture needs is sent to it once."""
     global _load_kept
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _load_kept = partial(_load, dataset, plan)
+
+
+def _end_with_parent() -> None:
+    """A pool's processes do not notice when the one that feeds them is killed, and would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _load_here(i: int) -> Picture:

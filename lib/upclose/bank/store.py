@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,33 +98,15 @@ def writing(folder: Store) -> Iterator[None]:
 def write(folder: Store, name: str, content: bytes) -> None:
     """Write a file so that under its name there is never a part of it.
 
-    On a local disk: a temporary name, fsync, rename, fsync of the folder. Object stores publish an object whole; on
-    other file systems the checksum inside the file unmasks a half.
+    On a local disk as `paths.write` does it. Object stores publish an object whole; on other file systems the checksum
+    inside the file unmasks a half.
     """
     target = folder.join(name).path
     with writing(folder):
-        if not folder.local:
+        if folder.local:
+            paths.write(Path(target), content)
+        else:
             folder.files.pipe_file(target, content)
-            return
-        partial = f"{target}.partial-{uuid.uuid4().hex}"
-        try:
-            with Path(partial).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-        _sync_folder(folder.path)
-
-
-def _sync_folder(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

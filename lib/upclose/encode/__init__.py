@@ -7,10 +7,13 @@ dimensions, W the width of the image tower, S the side in pixels of what the tow
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
+import itertools
 import os
 import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -19,11 +22,12 @@ from open_clip.model import CLIP
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
 
-from upclose import crops
+from upclose import crops, seeds
 from upclose.encode import sources, tiny
 from upclose.features import Text
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLOCK = 2**16  # words that a checksum weights at once: they stay in the cache
 
 
 class Encoder:
@@ -38,7 +42,8 @@ class Encoder:
         mean, std: per channel, of pixels in [0, 1]
         squash: the whole image is resized to S x S without regard to its shape, not cut to a square
         device, precision: where and in which arithmetic (autocast) the model runs
-        batch_size: crops encoded at once
+        batch_size: crops encoded at once; after the device ran out of memory fewer, for as long as this encoder lives:
+            other batches than an undisturbed build has, whose features differ by rounding (cosine 1 - 1e-6)
     """
 
     def __init__(
@@ -86,8 +91,9 @@ class Encoder:
         return self._hashed[1]
 
     def to(self, device: str | torch.device) -> Encoder:
-        """The same model, moved to another device, with the same batch size."""
-        return Encoder(self._parts, self.name, device, self.precision, self._compile, self.batch_size)
+        """A copy on another device, with the same batch size; this encoder stays where it is."""
+        parts = self._parts._replace(model=copy.deepcopy(self.model))
+        return Encoder(parts, self.name, device, self.precision, self._compile, self.batch_size)
 
     def features(self, x: Tensor, cls: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Embed ready pictures in one batch; gradients flow to the weights and to `x`.
@@ -124,7 +130,8 @@ class Encoder:
             (..., D) float32 unit norm, in the shape of `box`; with `cls` also (..., W)
 
         Raises:
-            ValueError: a picture is not uint8 (3, H, W), or boxes and pictures do not belong together
+            ValueError: a picture is not uint8 (3, H, W), boxes and pictures do not belong together, or some pictures
+                have more boxes than others
         """
         pictures, boxes = ([pixels], [box]) if isinstance(pixels, Tensor) and pixels.ndim == 3 else (pixels, box)
         if len(pictures) != len(boxes):
@@ -132,14 +139,23 @@ class Encoder:
         for picture, rows in zip(pictures, boxes):
             _check_picture(picture)
             _check_boxes(rows, *picture.shape[1:])
-        shape = box.shape[:-1] if isinstance(box, Tensor) else (len(boxes), *(boxes[0].shape[:-1] if boxes else (0,)))
-        distinct, place, count = [], [], 0
+        shapes = {tuple(rows.shape[:-1]) for rows in boxes}
+        if len(shapes) > 1:
+            raise ValueError(f"the pictures' boxes have the shapes {sorted(shapes)}: give each picture as many boxes")
+        shape = box.shape[:-1] if isinstance(box, Tensor) else (len(boxes), *(shapes.pop() if shapes else (0,)))
+        distinct, place, first = [], [], [0]
         for rows in boxes:
-            unique, where = rows.reshape(-1, 4).round().unique(dim=0, return_inverse=True)
+            unique, where = _distinct(rows)
             distinct.append(unique)
-            place.append(where + count)
-            count += len(unique)
-        feature, token = self._encode(self._crops(pictures, distinct), cls)
+            place.append(where + first[-1])
+            first.append(first[-1] + len(unique))
+
+        def cut(start: int, stop: int) -> Tensor:
+            part = range(bisect_right(first, start) - 1, bisect_left(first, stop))
+            rows = [distinct[i][max(start - first[i], 0) : stop - first[i]] for i in part]
+            return self._crops([pictures[i] for i in part], rows)
+
+        feature, token = self._encode(cut, first[-1], cls)
         index = torch.cat(place or [torch.empty(0, dtype=torch.int64)]).to(self.device)
         feature = feature[index].view(*shape, feature.shape[-1])
         return (feature, token[index].view(*shape, token.shape[-1])) if cls else feature
@@ -158,7 +174,9 @@ class Encoder:
         """
         for picture in pixels:
             _check_picture(picture)
-        feature, token = self._encode(map(self._whole, pixels), cls)
+        feature, token = self._encode(
+            lambda start, stop: torch.cat([self._whole(pixels[i]) for i in range(start, stop)]), len(pixels), cls
+        )
         return (feature, token) if cls else feature
 
     @torch.no_grad()
@@ -174,10 +192,8 @@ class Encoder:
         if state != self._text_state:
             self._text, self._text_state = {}, state
         new = [sentence for sentence in dict.fromkeys(text) if sentence not in self._text]
-        for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            rows = torch.cat(self._fitting(self._sentences, self.tokenize(part).to(self.device)))
-            self._text.update(zip(part, rows))
+        found = self._fitting(lambda start, stop: self._sentences(new[start:stop]), len(new))
+        self._text.update(zip(new, itertools.chain.from_iterable(found)))
         return torch.stack([self._text[s] for s in text]) if text else torch.empty(0, self.dim, device=self.device)
 
     def _check_cls(self, cls: bool) -> None:
@@ -187,19 +203,27 @@ class Encoder:
                 "leave cls=False, or choose a ViT such as 'ViT-B-32-quickgelu'"
             )
 
-    def _sentences(self, tokens: Tensor) -> Tensor:
+    def _sentences(self, text: list[str]) -> Tensor:
+        tokens = self.tokenize(text).to(self.device)
         with self._arithmetic():
             feature = (
                 tiny.text_features(self.model, tokens) if _plain_text(self.model) else self.model.encode_text(tokens)
             )
         return F.normalize(feature.float(), dim=-1)
 
-    def _crops(self, pictures: Sequence[Tensor], boxes: Sequence[Tensor]) -> Iterator[Tensor]:
-        for picture, rows in zip(pictures, boxes):
-            pixels = self._move(picture)
-            for part in rows.split(self.batch_size):
-                if len(part):
-                    yield crops.extract(pixels, part, self.image_size, mean=self.mean, std=self.std)
+    def _crops(self, pictures: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """The crops of some pictures, one after the other; on a GPU those of many pictures in one operation."""
+        facts = {"size": self.image_size, "mean": self.mean, "std": self.std}
+        pictures = [self._move(picture) for picture in pictures]
+        if self.device.type == "cpu":
+            return torch.cat([crops.extract(picture, rows, **facts) for picture, rows in zip(pictures, boxes)])
+        found = []
+        for group in _groups([picture.shape[1:] for picture in pictures]):
+            rows = torch.nn.utils.rnn.pad_sequence([boxes[i] for i in group], batch_first=True)
+            rows[..., 2:].clamp_(min=1)  # the padding is a box of one pixel
+            cut = crops.extract([pictures[i] for i in group], rows, **facts)
+            found += [cut[k, : len(boxes[i])] for k, i in enumerate(group)]
+        return torch.cat(found)
 
     def _whole(self, picture: Tensor) -> Tensor:
         facts = {"size": self.image_size, "mean": self.mean, "std": self.std}
@@ -214,28 +238,34 @@ class Encoder:
         return picture.to(self.device)
 
     @torch.no_grad()
-    def _encode(self, pieces: Iterable[Tensor], cls: bool) -> tuple[Tensor, Tensor | None]:
-        """Pieces of normalised (n, 3, S, S) to (sum of n, D) and the (sum of n, W) tokens or None."""
+    def _encode(self, cut: Callable[[int, int], Tensor], count: int, cls: bool) -> tuple[Tensor, Tensor | None]:
+        """Embed `cut(start, stop)`, (stop - start, 3, S, S) normalised: (count, D) and (count, W) tokens or None."""
         self._check_cls(cls)
-        found = [part for x in _batches(pieces, self.batch_size) for part in self._fitting(self.features, x, cls)]
+        found = self._fitting(lambda start, stop: self.features(cut(start, stop), cls), count)
         if cls:
             feature, token = zip(*found) if found else ([], [])
             return _join(feature, self.dim, self.device), _join(token, self.visual.transformer.width, self.device)
         return _join(found, self.dim, self.device), None
 
-    def _fitting(self, run: Callable, x: Tensor, *options: bool) -> list:
-        """[run(part, *options)] for the parts of `x` that fit the device; halved as long as it runs out of memory."""
-        while True:
-            rows = min(self._fits or len(x), len(x))
+    def _fitting(self, run: Callable[[int, int], object], count: int) -> list:
+        """[run(start, stop)] in batches of at most `batch_size` rows, halved as long as the device runs out of memory.
+
+        What `run` extracts, moves and computes is all that a batch takes: everything is done again with half the rows.
+        """
+        found, start = [], 0
+        while start < count:
+            rows = min(self._fits or self.batch_size, count - start)
             try:
-                return [run(part, *options) for part in x.split(rows)]
+                found.append(run(start, start + rows))
+                start += rows
             except torch.OutOfMemoryError as error:
                 if rows == 1:
                     raise torch.OutOfMemoryError(
                         f"{self.name!r} does not fit {self.device} with one picture in {self.precision}: "
                         "take a smaller model, a lower precision or another device"
                     ) from error
-            self._fits = (rows + 1) // 2
+                self._fits = (rows + 1) // 2
+        return found
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -256,6 +286,7 @@ def load(
     precision: str = "fp32",
     compile: bool = False,
     batch_size: int | None = None,
+    runs_on: str | torch.device | None = None,
 ) -> Encoder:
     """Make an encoder.
 
@@ -269,6 +300,8 @@ def load(
         precision: "fp32" | "bf16" | "fp16"; the latter two are autocast over float32 weights
         compile: run the image tower through `torch.compile`
         batch_size: crops encoded at once; None chooses it from the size of a crop and the device
+        runs_on: the device that it will be moved to (`Encoder.to`) to do its work, for which precision and batch size
+            are chosen; this machine need not have it. None is `device`
 
     Raises:
         ValueError: a name, tag, precision or device that does not exist; weights trained with QuickGELU for a model
@@ -278,8 +311,11 @@ def load(
     """
     name = os.fspath(name)
     device = _device(device)
-    _check_precision(precision, device)
-    return Encoder(sources.find(name, pretrained), name, device, precision, compile, batch_size)
+    target = torch.device(runs_on or device)
+    _check_precision(precision, target)
+    parts = sources.find(name, pretrained)
+    batch_size = batch_size or _default_batch_size(parts.image_size, target)
+    return Encoder(parts, name, device, precision, compile, batch_size)
 
 
 def identity(name: str, pretrained: str | os.PathLike | None = None) -> str:
@@ -384,18 +420,26 @@ def _plain_blocks(transformer: Transformer) -> bool:
     )
 
 
-def _batches(pieces: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
-    """Pieces (n, ...) joined and cut into (rows, ...), the last one shorter."""
-    held, count = [], 0
-    for piece in pieces:
-        held.append(piece)
-        count += len(piece)
-        if count >= rows:
-            *full, rest = torch.cat(held).tensor_split(tuple(range(rows, count + 1, rows)))
-            yield from full
-            held, count = [rest], len(rest)
-    if count:
-        yield torch.cat(held)
+def _groups(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Neighbours whose common canvas, in uint8 and float32, takes at most `crops.BLOCK_BYTES`: their positions.
+
+    Args:
+        sizes: (H, W) of each picture
+    """
+    group, height, width = [], 0, 0
+    for i, (tall, wide) in enumerate(sizes):
+        height, width = max(height, tall), max(width, wide)
+        if group and 15 * (len(group) + 1) * height * width > crops.BLOCK_BYTES:
+            yield group
+            group, height, width = [], tall, wide
+        group.append(i)
+    if group:
+        yield group
+
+
+def _distinct(box: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct boxes of a picture, (n, 4) on whole pixels, and for each box which of them it is."""
+    return box.reshape(-1, 4).round().unique(dim=0, return_inverse=True)
 
 
 def _default_batch_size(image_size: int, device: torch.device) -> int:
@@ -428,14 +472,32 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _state(weights: Iterable[Tensor]) -> tuple:
-    """Differs as soon as a weight was written to: by autograd's rules (its version) or behind their back (its sum)."""
+    """Differs once a weight was written to: by autograd's rules (its version) or behind their back (its checksum)."""
     weights = [weight.detach() for weight in weights]
-    bits = [weight.contiguous().view(-1).view(torch.uint8) for weight in weights]
-    sums = [(row if (len(row) | row.storage_offset()) % 8 else row.view(torch.int64)).sum() for row in bits]
+    sums = [_checksum(weight) for weight in weights]
     return (
         tuple((weight.data_ptr(), weight._version) for weight in weights),
         tuple(torch.stack(sums).tolist()) if sums else (),
     )
+
+
+def _checksum(weight: Tensor) -> Tensor:
+    """The sum of all bits times random numbers that depend on their place, modulo 2^64; it does not synchronise."""
+    bits = weight.contiguous().view(-1).view(torch.uint8)
+    if (len(bits) | bits.storage_offset()) % 8 == 0:
+        bits = bits.view(torch.int64)
+    factor = _factors(weight.device)
+    total = factor.new_zeros(())
+    for part in bits.split(BLOCK):
+        total = total * factor[0] + (part * factor[: len(part)]).sum()
+    return total
+
+
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    """(BLOCK,) odd random int64."""
+    draw = torch.randint(-(2**62), 2**62, (BLOCK,), generator=seeds.generator(0, "checksum"))
+    return (2 * draw + 1).to(device)
 
 
 def _hash(model: nn.Module) -> str:

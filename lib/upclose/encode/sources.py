@@ -105,14 +105,14 @@ def _from_open_clip(name: str, pretrained: str | os.PathLike | None) -> Parts:
         facts = {}
     elif _is_path(wanted):
         state, openai = _read(_existing(wanted))
-        facts = {"quick_gelu": True} if openai else _published(name, wanted)
+        facts = {"quick_gelu": True} if openai else _published(name, wanted, tags)
     elif not (facts := open_clip.get_pretrained_cfg(name, wanted)):
         raise ValueError(_unknown_tag(name, wanted, tags))
     _check_activation(name, wanted, facts)
     file = _download(name, wanted, facts) if wanted and state is None else None
     model = _build(name)
     if file:
-        open_clip.load_checkpoint(model, file)
+        _load_published(model, file, name, wanted)
     elif state:
         _load_state(model, state, name, wanted)
     return _parts(model, _tokenizer(name), facts)
@@ -157,8 +157,8 @@ def _parts(model: nn.Module, tokenize: Callable[[list[str]], Tensor], facts: dic
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise ValueError(f"the model takes pictures of {width} x {height} pixels: only square ones are supported")
-    mean, std = facts.get("mean", open_clip.OPENAI_DATASET_MEAN), facts.get("std", open_clip.OPENAI_DATASET_STD)
-    return Parts(model, tokenize, height, mean, std, facts.get("resize_mode") == "squash")
+    mean, std, mode = _preprocessing(facts)
+    return Parts(model, tokenize, height, mean, std, mode == "squash")
 
 
 def _check_activation(name: str, pretrained: str | None, facts: dict) -> None:
@@ -170,13 +170,26 @@ def _check_activation(name: str, pretrained: str | None, facts: dict) -> None:
         )
 
 
-def _published(name: str, path: str) -> dict:
-    """What the registry knows of a downloaded file, recognised by its published name; {} if nothing."""
-    for tag in open_clip.list_pretrained_tags_by_model(name):
-        facts = open_clip.get_pretrained_cfg(name, tag)
+def _published(name: str, path: str, tags: Sequence[str]) -> dict:
+    """What the registry knows of a file: of that published name, else the preprocessing that all tags agree on."""
+    known = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    for facts in known:
         if facts.get("url", "").rsplit("/", 1)[-1] == Path(path).name:
             return facts
+    if known and all(_preprocessing(facts) == _preprocessing(known[0]) for facts in known):
+        return dict(zip(("mean", "std", "resize_mode"), _preprocessing(known[0])))
+    why = "its tags differ in it" if known else "it has no tags"
+    warnings.warn(
+        f"nothing tells the preprocessing that {path} was trained with as {name!r} ({why}): OpenAI's mean and std are "
+        "taken, the short side is resized and the middle cut out",
+        stacklevel=5,
+    )
     return {}
+
+
+def _preprocessing(facts: dict) -> tuple:
+    mean, std = facts.get("mean", open_clip.OPENAI_DATASET_MEAN), facts.get("std", open_clip.OPENAI_DATASET_STD)
+    return tuple(mean), tuple(std), facts.get("resize_mode", "shortest")
 
 
 def _unknown_tag(name: str, tag: str, tags: Sequence[str]) -> str:
@@ -199,6 +212,16 @@ def _download(name: str, tag: str, facts: dict) -> str:
             f"the weights {tag!r} of {name!r} are not in the cache and could not be downloaded from {source} "
             f"({reason(error)}): fetch the file where there is a network and give its path, "
             f"load({name!r}, pretrained='/path/to/file'), or use 'birdlets-tiny', which is shipped"
+        ) from error
+
+
+def _load_published(model: nn.Module, file: str, name: str, tag: str) -> None:
+    try:
+        open_clip.load_checkpoint(model, file)
+    except Exception as error:
+        raise ValueError(
+            f"{file}, downloaded as {tag!r} of {name!r}, cannot be loaded ({reason(error)}): it is cut short or "
+            "belongs to another model; remove it, and it is downloaded again"
         ) from error
 
 

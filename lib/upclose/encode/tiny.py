@@ -118,22 +118,9 @@ def save(folder: str | os.PathLike, name: str, model: CLIP, config: dict, words:
         "words": list(words),
         "sha256": sha256,
     }
-    write(folder / f"{name}.safetensors", weights)
-    write(folder / f"{name}.json", (json.dumps(card, indent=1) + "\n").encode())
+    paths.write(folder / f"{name}.safetensors", weights)
+    paths.write(folder / f"{name}.json", (json.dumps(card, indent=1) + "\n").encode())
     return sha256
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(name_or_path: str | os.PathLike) -> Loaded:
