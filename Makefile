@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 		{ echo "upclose needs Python 3.11 or newer with venv; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "$(PYTHON) has no venv module; install your system's python3-venv package" >&2; exit 1; }
-	@echo "making $(VENV) (once, about 5 minutes)"
+	@echo "making $(VENV): once, from the package index, some minutes and about 6 GB (torch)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(TORCH)
