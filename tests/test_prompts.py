@@ -169,6 +169,35 @@ def test_without_a_network_the_error_says_where_to_put_the_file(published, monke
         prompts.load("clip-d", "mine", "test", ["a"])
 
 
+def test_shuffled_gives_every_class_the_sentences_of_another_and_each_once():
+    found = {f"class {k}": [f"row {k}", f"line {k}"] for k in range(30)}
+    given = prompts.shuffled(found, seed=1)
+    assert list(given) == list(found)
+    assert all(given[name] != rows for name, rows in found.items())
+    assert sorted(given.values()) == sorted(found.values())
+    assert given == prompts.shuffled(found, seed=1) != prompts.shuffled(found, seed=2)
+    assert prompts.shuffled({"a": ["x"], "b": ["y"]}) == {"a": ["y"], "b": ["x"]}
+    with pytest.raises(ValueError, match="at least two classes, not 1"):
+        prompts.shuffled({"a": ["x"]})
+
+
+def test_shuffled_descriptions_keep_the_names_and_the_words():
+    names = [bird.name for bird in held_out()["test"]]
+    own, other = (prompts.load(source, "birdlets", "test", names) for source in ("clip-d", "clip-d-shuffled"))
+    for name in names:
+        assert all(line.startswith(f"a photo of a {name}, which has ") for line in other[name])
+        assert own[name] != other[name]
+    words = [sorted(line.split(", which has ")[1] for rows in said.values() for line in rows) for said in (own, other)]
+    assert words[0] == words[1]
+    assert other != prompts.load("clip-d-shuffled", "birdlets", "test", names, seed=1)
+
+
+def test_a_class_without_descriptors_gives_and_gets_none(tmp_path):
+    file = given(tmp_path, {"a": [], "b": ["red"], "c": ["blue"]})
+    checked = prompts.examine("clip-d-shuffled", "mine", "test", ["a", "b", "c"], file=file)
+    assert checked.sentences == {"a": ["a photo of a a."], "b": ["b, which has blue."], "c": ["c, which has red."]}
+
+
 def test_registry_of_published_files():
     files = prompts.published()
     assert len({(f.source, f.variant, f.dataset) for f in files}) == len(files)

@@ -19,10 +19,12 @@ COLOURS = {
     "CLIP": _PALETTE[7],
     "CLIP-E": "#b3b3b3",
     "CLIP-D": _PALETTE[9],
+    "CLIP-D, shuffled": "#1f6f99",
     "WaffleCLIP": _PALETTE[5],
     "CuPL": _PALETTE[8],
     "multi-crop": _PALETTE[0],
     "WCA": _PALETTE[1],
+    "WCA (released)": "#8a5a00",
     "LGCA": _PALETTE[2],
     "LaZSL": _PALETTE[4],
     "D&D": _PALETTE[3],
@@ -96,19 +98,23 @@ def picture(
 def intervals(
     ax: Axes, frame: pd.DataFrame, label: str = "method", title: str = "", reference: str | None = None
 ) -> None:
-    """Accuracies as points with the standard deviation over crop sets.
+    """Accuracies as points with their intervals.
 
     Args:
         ax: to draw on
-        frame: rows of `metrics.csv`
+        frame: rows of `metrics.csv`; the interval is the one of its columns `low` and `high`, where it has them, else
+            the standard deviation over crop sets
         label: the column that names a point
         title: above
         reference: a row whose value is drawn as a line through all
     """
     for y, line in enumerate(frame.itertuples()):
         name = getattr(line, label)
-        std = 0.0 if np.isnan(line.std) else line.std
-        ax.errorbar(line.value, y, xerr=std, fmt="o", color=colour(name), capsize=3)
+        if "low" in frame:
+            spread = [[line.value - line.low], [line.high - line.value]]
+        else:
+            spread = 0.0 if np.isnan(line.std) else line.std
+        ax.errorbar(line.value, y, xerr=spread, fmt="o", color=colour(name), capsize=3)
         ax.annotate(
             f"{line.value:.1f}", (line.value, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7
         )

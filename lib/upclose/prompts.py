@@ -5,6 +5,7 @@
 | clip | "a photo of a {name}." |
 | clip-e | the templates of CLIP's prompt ensemble |
 | clip-d | "{name}, which (is/has/...) {descriptor}." (Menon and Vondrick) |
+| clip-d-shuffled | clip-d with the descriptors of another class: known words that do not belong |
 | lazsl | "a photo of a {name}, which (is/has/...) {descriptor}." (LaZSL section 4.1) |
 | dnd | "a photo of a bird with {descriptor}.": the descriptor without the class's name |
 | cupl | full sentences by a language model (Pratt et al.) |
@@ -37,12 +38,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pooch
 
 from upclose import paths, seeds
 
 TEMPLATE = "a photo of a {}."
-SOURCES = ("clip", "clip-e", "clip-d", "lazsl", "dnd", "cupl", "waffle")
+SOURCES = ("clip", "clip-e", "clip-d", "clip-d-shuffled", "lazsl", "dnd", "cupl", "waffle")
 TOKENS = 75  # of CLIP's 77, without start and end
 _FAMILY = {name: "imagenet" for name in ("imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a")}
 _FAMILY |= {"cub-painting": "cub"}
@@ -212,6 +214,24 @@ def waffle(class_names: Sequence[str], pairs: int = 15, seed: int = 0) -> dict[s
     }
 
 
+def shuffled(found: Mapping[str, Sequence[str]], seed: int = 0) -> dict[str, Sequence[str]]:
+    """Each class with the sentences of another, and each class's sentences used once.
+
+    Args:
+        found: class -> sentences, of at least two classes
+        seed: of who gets whose
+
+    Raises:
+        ValueError: there is no other class
+    """
+    names = list(found)
+    if len(names) < 2:
+        raise ValueError(f"descriptions are shuffled between at least two classes, not {len(names)}")
+    order = seeds.rng(seed, "shuffled").permutation(len(names))
+    given = {names[k]: found[names[other]] for k, other in zip(order, np.roll(order, 1))}
+    return {name: given[name] for name in names}
+
+
 def templates(dataset: str) -> tuple[str, ...]:
     """CLIP's prompt ensemble of a data set; ImageNet's is fetched, a data set without one has the plain template.
 
@@ -264,7 +284,7 @@ def examine(
         dataset: the registry's name
         split: for Birdlets, whose species differ from split to split
         class_names: C different names in the data set's order
-        seed: of WaffleCLIP's descriptors
+        seed: of WaffleCLIP's descriptors and of the shuffle
         variant: of the published files ("full", "base", "menon", ...); None for the default
         file: of one's own, {class: [sentences]}, instead of a published one
         length: tokens of a sentence; None counts words and marks, of which each is at least one token
@@ -282,9 +302,12 @@ def examine(
             return Checked(waffle(names, seed=seed), [])
         case "cupl":
             return lint(_descriptors("cupl", dataset, split, variant, file), names, dataset, length)
-        case "clip-d" | "lazsl" | "dnd":
+        case "clip-d" | "clip-d-shuffled" | "lazsl" | "dnd":
             found = lint(_descriptors("clip-d", dataset, split, variant, file), names, dataset, length)
-            said = {name: [_said(source, dataset, name, row) for row in rows] for name, rows in found.sentences.items()}
+            given = found.sentences
+            if source == "clip-d-shuffled":  # a class without descriptors has none to give
+                given = given | shuffled({n: rows for n, rows in given.items() if rows != [TEMPLATE.format(n)]}, seed)
+            said = {name: [_said(source, dataset, name, row) for row in rows] for name, rows in given.items()}
             return Checked(said, found.findings)
     raise ValueError(f"no prompt source {source!r}; there are {', '.join(SOURCES)}")
 

@@ -32,24 +32,30 @@ def test_the_same_bytes_in_another_process():
     assert other == [digest(domain) for domain in birdlets.DOMAINS]
 
 
-def test_a_part_box_holds_the_part_and_nothing_else_has_its_colour():
-    """In clipart without jitter of place: paint one part's colour away and see where the picture changes."""
-    plain = BIRD._replace(crest="red")
-    for trait in ("beak", "legs", "crest", "belly"):
-        for seed in range(6):
-            one = birdlets.draw(plain._replace(**{trait: "blue"}), "photo", seed)
-            two = birdlets.draw(plain._replace(**{trait: "yellow"}), "photo", seed)
-            if trait not in one.parts:
-                continue
-            rows, columns = np.nonzero((one.pixels != two.pixels).any(0))
-            if len(rows) == 0:  # wholly behind another part
-                continue
-            x0, y0, x1, y1 = one.parts[trait]
-            margin = 4  # the camera's blur
-            assert columns.min() >= x0 - margin
-            assert columns.max() <= x1 + margin
-            assert rows.min() >= y0 - margin
-            assert rows.max() <= y1 + margin
+@pytest.mark.parametrize("knobs", [birdlets.DEFAULT, birdlets.PROTOTYPE], ids=["default", "filled frame"])
+@pytest.mark.parametrize("trait", ["beak", "cap", "crest", "eye_ring", "legs", "collar", "belly"])
+def test_a_part_box_holds_the_part_and_no_more(trait, knobs):
+    """Paint a part blue, then yellow: the pixels that change are the part and two pixels of the camera's blur."""
+    full = BIRD._replace(cap="red", crest="red", collar="red", eye_ring="red")
+    edges = []
+    for seed in range(12):
+        one, two = (birdlets.draw(full._replace(**{trait: c}), "photo", seed, knobs=knobs) for c in ("blue", "yellow"))
+        assert one.parts == two.parts
+        rows, columns = np.nonzero((one.pixels != two.pixels).any(0))
+        changed = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        edges.append(np.subtract(changed, one.parts[trait]) * (-1, -1, 1, 1))  # how far beyond the box, side by side
+    beyond = np.array(edges)
+    assert beyond.max() <= 3
+    behind = 6 if trait == "belly" else 3  # the wing lies on the belly
+    assert beyond.min() >= -behind
+    assert np.abs(beyond.mean(0)).max() <= 2
+
+
+@pytest.mark.parametrize("domain", ["sketch", "clipart"])
+def test_sketch_and_clipart_have_no_scene_to_clutter(domain):
+    bare, full = (birdlets.DEFAULT._replace(clutter=k, distractors=k) for k in (0, 12))
+    assert np.array_equal(*(birdlets.draw(BIRD, domain, 4, knobs=knobs).pixels for knobs in (bare, full)))
+    assert not np.array_equal(*(birdlets.draw(BIRD, "painting", 4, knobs=knobs).pixels for knobs in (bare, full)))
 
 
 def test_absent_parts_have_no_box_and_present_ones_do():

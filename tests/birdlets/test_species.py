@@ -1,4 +1,7 @@
+from itertools import combinations
+
 import numpy as np
+import pytest
 
 from upclose import birdlets, seeds
 from upclose.birdlets import species
@@ -20,13 +23,17 @@ def test_siblings_share_family_and_body_and_differ_in_small_parts():
             siblings = [bird for bird in birds if bird.group == group]
             assert len(siblings) == species.SIBLINGS
             assert len({(bird.traits.family, bird.traits.body) for bird in siblings}) == 1
-            for one in siblings:
-                differ = [
-                    sum(getattr(one.traits, t) != getattr(two.traits, t) for t in species.SMALL)
-                    for two in siblings
-                    if two is not one
-                ]
-                assert all(1 <= d <= len(species.SMALL) for d in differ)
+
+
+def test_siblings_have_four_small_parts_of_ten_in_common_and_strangers_two():
+    common = {True: [], False: []}
+    for birds in birdlets.held_out().values():
+        for one, two in combinations(birds, 2):
+            same = sum(getattr(one.traits, t) == getattr(two.traits, t) for t in species.SMALL)
+            common[one.group == two.group].append(same)
+    assert np.mean(common[True]) == pytest.approx(4.0, abs=0.2)
+    assert (min(common[True]), max(common[True])) == (1, 8)
+    assert np.mean(common[False]) == pytest.approx(2.0, abs=0.2)
 
 
 def test_a_name_tells_a_trait_that_no_sibling_has():

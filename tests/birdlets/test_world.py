@@ -57,6 +57,15 @@ def test_a_copy_in_another_process_is_the_same():
         ({"split": "train"}, "no split 'train'; there are validation, test"),
         ({"domain": "oil"}, "no domain 'oil'; there are photo"),
         ({"n": 0}, "not n=0"),
+        ({"classes": 500}, "1 to 120 classes, not classes=500"),
+        ({"classes": 0}, "1 to 120 classes, not classes=0"),
+        ({"knobs": birdlets.Knobs(size=(0.7, 0.4))}, r"size=\(0.7, 0.4\) must be a range within 0 to 1"),
+        ({"knobs": birdlets.Knobs(size=(0.0, 0.4))}, "size=.* must be a range"),
+        ({"knobs": birdlets.Knobs(size=(0.9, 1.1))}, "size=.* must be a range"),
+        ({"knobs": birdlets.Knobs(position=2.0)}, "position=2.0 must lie in 0 to 1"),
+        ({"knobs": birdlets.Knobs(clutter=-1)}, "clutter=-1 must not be negative"),
+        ({"knobs": birdlets.Knobs(distractors=-1)}, "distractors=-1 must not be negative"),
+        ({"knobs": birdlets.Knobs(pixels=0)}, "pixels=0 must be at least 1"),
     ],
 )
 def test_errors_name_the_choices(options, words):
@@ -106,5 +115,30 @@ def test_training_siblings_share_family_and_body():
         assert len({noun for noun in nouns if noun[1] in birdlets.FAMILIES}) == 1
 
 
+def test_fewer_classes_are_the_first_ones():
+    some, every = birdlets.dataset(n=40, classes=10), birdlets.dataset(n=40)
+    assert some.class_names == every.class_names[:10]
+    assert birdlets.dataset(n=40, classes=120).fingerprint == every.fingerprint
+    assert len(birdlets.dataset(n=4, classes=1).class_names) == 1
+
+
+def test_the_fingerprint_of_the_shipped_world():
+    """The weights were trained on these programs, and every bank is named by them: change them and all is made anew."""
+    assert birdlets.dataset(n=10).fingerprint == "ea0f5e8d713fca44717648519a00c1bb"
+
+
 def test_contact_sheet():
-    assert birdlets.contact_sheet(2, 3).size == (480, 320)
+    sheet = birdlets.contact_sheet(4, 3, seed=1)
+    assert sheet.size == (480, 640)
+    pixels = np.asarray(sheet).transpose(2, 0, 1)
+    shown = [
+        [
+            d
+            for d in birdlets.DOMAINS
+            if np.array_equal(picture, birdlets.dataset("validation", d, 12, 1).load(i).numpy())
+        ]
+        for i, picture in enumerate(
+            pixels[:, y : y + 160, x : x + 160] for y in range(0, 640, 160) for x in range(0, 480, 160)
+        )
+    ]
+    assert shown == [["photo"]] * 6 + [["clipart"]] * 3 + [["painting"]] * 3

@@ -27,6 +27,20 @@ def _code() -> str:
     return hashlib.sha256(b"".join(files)).hexdigest()[:16]
 
 
+def _check(knobs: Knobs) -> None:
+    low, high = knobs.size
+    in_range = {
+        "size": (0 < low <= high <= 1, "must be a range within 0 to 1"),
+        "position": (0 <= knobs.position <= 1, "must lie in 0 to 1"),
+        "clutter": (knobs.clutter >= 0, "must not be negative"),
+        "distractors": (knobs.distractors >= 0, "must not be negative"),
+        "pixels": (knobs.pixels >= 1, "must be at least 1"),
+    }
+    for name, (holds, rule) in in_range.items():
+        if not holds:
+            raise ValueError(f"birdlets' knob {name}={getattr(knobs, name)} {rule}")
+
+
 class Birdlets:
     """Pictures of held-out species, drawn when asked for.
 
@@ -35,11 +49,11 @@ class Birdlets:
         domain: one of DOMAINS, several joined by "+", or "all"
         n: pictures a domain, spread evenly over the species
         seed: of the pictures
-        knobs: how hard they are
-        classes: only the first so many species (whole sibling groups of 5), None for all 120
+        knobs: how hard they are; sketches and clipart have no scene, so `clutter` and `distractors` do nothing there
+        classes: only the first so many species (sibling group after sibling group of 5), None for all 120
 
     Raises:
-        ValueError: an unknown split or domain, or n < 1
+        ValueError: an unknown split or domain, n < 1, classes or knobs out of range
     """
 
     name = "birdlets"
@@ -64,6 +78,9 @@ class Birdlets:
                 )
         if n < 1:
             raise ValueError(f"birdlets needs at least one picture a domain, not n={n}")
+        if classes is not None and not 1 <= classes <= len(held_out[split]):
+            raise ValueError(f"birdlets has 1 to {len(held_out[split])} classes, not classes={classes}")
+        _check(knobs)
         self.split, self.seed, self.knobs = split, seed, knobs
         self.species = held_out[split][:classes]
         self.class_names = [bird.name for bird in self.species]

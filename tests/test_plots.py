@@ -1,0 +1,97 @@
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from upclose import plots
+from upclose.claims import Claim
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
+
+
+def centres(ax):
+    """(x, y) of every point that was drawn with its interval, in order."""
+    return [tuple(float(v[0]) for v in container.lines[0].get_data()) for container in ax.containers]
+
+
+def ends(ax):
+    """(left, right) of every interval, in order."""
+    return [tuple(container.lines[2][0].get_segments()[0][:, 0]) for container in ax.containers]
+
+
+def test_save_writes_into_the_run_and_nowhere_else(ax, tmp_path, monkeypatch):
+    monkeypatch.setenv("UPCLOSE_RUN", str(tmp_path))
+    plots.save(ax.figure, "one")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")] == ["figures/one.png"]
+    first = (tmp_path / "figures" / "one.png").read_bytes()
+    assert plt.imread(tmp_path / "figures" / "one.png").ndim == 3
+    plots.save(ax.figure, "one")
+    assert (tmp_path / "figures" / "one.png").read_bytes() == first  # no date, no version in it
+    monkeypatch.delenv("UPCLOSE_RUN")
+    monkeypatch.chdir(tmp_path)
+    plots.save(ax.figure, "two")
+    assert len(list(tmp_path.rglob("*.png"))) == 1
+
+
+def test_a_picture_with_named_boxes(ax):
+    pixels = np.arange(3 * 4 * 6, dtype=np.uint8).reshape(3, 4, 6)
+    plots.picture(ax, pixels, {"beak": (1, 0, 3, 2), "tail": (0, 1, 2, 4)}, weights=[1.0, 3.0], title="a bird")
+    (image,) = ax.get_images()
+    assert np.array_equal(image.get_array(), np.moveaxis(pixels, 0, -1))
+    assert [patch.get_bbox().bounds for patch in ax.patches] == [(1, 0, 2, 2), (0, 1, 2, 3)]
+    assert ax.patches[0].get_linewidth() < ax.patches[1].get_linewidth()
+    assert [text.get_text() for text in ax.texts] == ["beak", "tail"]
+    assert "a bird" in {ax.get_title(place) for place in ("left", "center")}
+
+
+def test_a_picture_with_boxes_alone_has_no_names_and_equal_lines(ax):
+    plots.picture(ax, np.zeros((3, 4, 4), np.uint8), [(0, 0, 2, 2), (1, 1, 3, 3)])
+    assert len(ax.patches) == 2
+    assert len({patch.get_linewidth() for patch in ax.patches}) == 1
+    assert not ax.texts
+
+
+def test_colours_go_by_the_longest_known_name():
+    assert plots.colour("WCA (N=16)") == plots.colour("WCA") != plots.colour("WCA (released)")
+    assert plots.colour("CLIP+D") == plots.colour("CLIP") != plots.colour("CLIP-D")
+    assert plots.colour("nobody's") not in plots.COLOURS.values()
+    assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
+
+
+def test_intervals_from_the_spread_over_crop_sets_and_from_given_ends(ax):
+    frame = pd.DataFrame({"method": ["CLIP", "WCA"], "value": [20.0, 30.0], "std": [np.nan, 2.0]})
+    plots.intervals(ax, frame, reference="CLIP")
+    assert centres(ax) == [(20.0, 0.0), (30.0, 1.0)]
+    assert ends(ax) == [(20.0, 20.0), (28.0, 32.0)]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["CLIP", "WCA"]
+    assert ax.yaxis_inverted()  # the first row on top
+    ax.clear()
+    plots.intervals(ax, frame.assign(low=[19.0, 25.0], high=[22.0, 31.0]))
+    assert ends(ax) == [(19.0, 22.0), (25.0, 31.0)]
+
+
+def test_the_ledger_has_a_row_a_claim_in_the_colour_of_its_verdict(ax):
+    claims = [
+        Claim("C1", "", "holds", 3.0, 1.0, 5.0, 0.0, 10, 3),
+        Claim("C2", "", "fails", -3.0, -5.0, -1.0, 0.0, 10, 3),
+        Claim("C3", "", "undecided", 1.0, -1.0, 3.0, 0.5, 10, 3),
+    ]
+    plots.ledger(ax, claims)
+    assert centres(ax) == [(3.0, 0.0), (-3.0, 1.0), (1.0, 2.0)]
+    assert np.allclose(ends(ax), [(1, 5), (-5, -1), (-1, 3)])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["C1 holds", "C2 fails", "C3 undecided"]
+    colours = [to_hex(container.lines[0].get_color()) for container in ax.containers]
+    assert len(set(colours)) == 3
+    margins = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 1]
+    assert margins == [0.0, 0.0, 0.5]
+    assert ax.yaxis_inverted()
