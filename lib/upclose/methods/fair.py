@@ -12,27 +12,7 @@
     gamma                    weight of a pseudo-label, eq. 16
     p_A(x)          (C,)     softmax of the student's cosines with Z*; p_bar its moving average
 
-The rows of the paper's tables as arguments of `adapt`:
-
-    row                                                arguments
-    Tables 1-10, FAIR                                  the defaults
-    Tables 1-10, FAIR on Food-101 and SUN397           learning_rate=1e-6
-    3  FAIR w/o LAS                                    classifier="descriptions"
-    3  FAIR w/o PL weight; 5 (no, no)                  pseudo_weight="none"
-    5  (S_i, no)                                       pseudo_weight="top"
-    3  FAIR-g                                          weak="resized", classifier="mean", pseudo_weight="none"
-    3  FAIR-g + LAS                                    weak="resized", pseudo_weight="none"
-    3  FAIR-g + LAS + PL weight                        weak="resized"
-    3  WCA as PL (star)                                k=None, crop_weights="softmax", classifier="descriptions",
-                                                       pseudo_weight="none"
-    3  star + crop selection                           star with k=4
-    3  star + [CLS]-based crop weights                 star with crop_weights="cls"
-    3  star + interaction with CDA (LAS)               star with classifier="anchors"
-    7  FAIR (w/ WCA PL)                                star with pseudo_weight="gap"
-    7  FAIR-g                                          weak="resized", classifier="mean"
-    10 FAIR-LoRA, FAIR-KAdaptation                     tuning="lora", tuning="k-adaptation"
-
-In Table 3 each row below the star adds one thing to the star ("combining all three" is FAIR w/o PL weight).
+The rows of the paper's tables are `ROWS`.
 
 Source: Ali et al. 2025, "Towards fine-grained adaptation of CLIP via a self-trained alignment score"
 (arXiv 2507.09615), equations by number, Algorithm 1.
@@ -43,7 +23,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import torch
@@ -70,6 +53,36 @@ CHOICES = {
 FIXED = {"descriptions": wca.class_means, "mean": clip.class_means}
 KRONECKER = 4
 """t, the number and side of K-Adaptation's shared matrices."""
+LORA_TARGETS = r".*mlp\.(c_fc|c_proj|fc1|fc2)"
+"""The names of the layers that LoRA adds to: the two matrices of every MLP of open_clip's or timm's ViT."""
+
+_WCA = dict(crop_weights="softmax", classifier="descriptions", pseudo_weight="none")
+ROWS: dict[str, dict] = {
+    "FAIR": {},  # Tables 1-10; learning_rate=1e-6 on Food-101 and SUN397
+    "FAIR-LN": {},  # Table 10's name for it
+    "FAIR w/o LAS": dict(classifier="descriptions"),
+    "FAIR w/o PL weight": dict(pseudo_weight="none"),
+    "FAIR-g": dict(weak="resized", classifier="mean", pseudo_weight="none"),
+    "FAIR-g + LAS": dict(weak="resized", pseudo_weight="none"),
+    "FAIR-g + LAS + PL weight": dict(weak="resized"),
+    "WCA as PL": dict(k=None, **_WCA),
+    "WCA as PL + Crop Selection": _WCA,
+    "WCA as PL + [CLS]-based crop weights": dict(k=None, **_WCA | dict(crop_weights="cls")),
+    "WCA as PL + Interaction w/ CDA (LAS)": dict(k=None, **_WCA | dict(classifier="anchors")),
+    "neither factor": dict(pseudo_weight="none"),  # Table 5
+    "S_i only": dict(pseudo_weight="top"),
+    "S_i and |S_i - S_j|": {},
+    "FAIR (w/ WCA PL)": dict(k=None, **_WCA | dict(pseudo_weight="gap")),  # Table 7
+    "FAIR-g (Table 7)": dict(weak="resized", classifier="mean"),
+    "FAIR-LoRA": dict(tuning="lora"),  # Table 10
+    "FAIR-KAdaptation": dict(tuning="k-adaptation"),
+    "FAIR (batch gamma)": dict(gamma="batch"),  # ours
+}
+"""Rows of the paper's tables, by their published names, as arguments of `adapt`.
+
+In Table 3 each row below "WCA as PL" adds one thing to it ("combining all three" is FAIR w/o PL weight). "FAIR-g"
+stands in two tables: Table 7's has the weight of pseudo-labels, Table 3's has not.
+"""
 
 
 class History(NamedTuple):
@@ -78,7 +91,7 @@ class History(NamedTuple):
     Attributes:
         self_training: (E,) float32, mean L_st, eq. 17
         fairness: (E,) float32, mean L_reg; log(C) is its least value
-        pseudo_label: (E, n) int64, the label y^ that image i of the data set was given
+        pseudo_label: (E, n) int64, the label y^ that image i of the data set was given; -1 where it could not be read
         weight: (E, n) float32, its gamma, eq. 16, before any normalisation
     """
 
@@ -113,11 +126,15 @@ def weights(image_cls: Tensor, crop_cls: Tensor) -> Tensor:
         (B, N), each row sums to 1
 
     Source:
-        Eq. 12. The [CLS] tokens of a CLIP have positive cosines; where an image's cosines add up to less than 0, the
-        equation ranks its crops backwards.
+        Eq. 12.
+
+    Deviates:
+        Where an image's cosines add up to 0 or less, the equation divides by 0 or ranks its crops backwards; there all
+        crops weigh 1 / N. The [CLS] tokens of a CLIP have positive cosines.
     """
     cosine = cosine_similarity(image_cls[:, None], crop_cls, dim=-1)
-    return cosine / cosine.sum(-1, keepdim=True)
+    total = cosine.sum(-1, keepdim=True)
+    return torch.where(total <= 0, 1 / cosine.shape[-1], cosine / total)
 
 
 def scores(views: Views, anchors: Tensor, k: int | None = 4) -> Tensor:
@@ -155,12 +172,18 @@ def pseudo_label_weights(scores: Tensor, form: Literal["gap", "top", "none"] = "
     Returns:
         (B,) not negative
 
+    Raises:
+        ValueError: another form, or fewer than two classes
+
     Source:
         Eq. 16.
 
     Deviates:
         A negative S_i counts as 0: a negative weight would unlearn the pseudo-label without bound.
     """
+    _check_choices(pseudo_weight=form)
+    if scores.shape[-1] < 2:
+        raise ValueError(f"{scores.shape[-1]} class: gamma compares the two best scores, so give at least two")
     first, second = scores.topk(2).values.unbind(-1)
     if form == "none":
         return torch.ones_like(first)
@@ -181,13 +204,29 @@ def self_training_loss(log_probability: Tensor, pseudo_label: Tensor, weight: Te
     return (weight * nll_loss(log_probability, pseudo_label, reduction="none")).mean()
 
 
-def fairness_loss(prediction: Tensor) -> Tensor:
-    """L_reg: -1/C sum_j log p_bar_j of the (C,) moving average of predictions; log(C) when it is uniform.
+def fairness_loss(log_prediction: Tensor) -> Tensor:
+    """L_reg: -1/C sum_j log p_bar_j of (C,) log p_bar; log(C) when it is uniform.
+
+    Logarithms come in, so that a class whose probability underflows still has a gradient.
 
     Source:
         Section 3.4, between eqs. 15 and 16.
     """
-    return -prediction.clamp_min(torch.finfo(prediction.dtype).tiny).log().mean()
+    return -log_prediction.mean()
+
+
+def moving_average(log_average: Tensor, log_probability: Tensor, momentum: float) -> Tensor:
+    """log(m p_bar + (1 - m) mean of p_A(x)); gradients flow through the batch alone.
+
+    Args:
+        log_average: (C,) log p_bar
+        log_probability: (B, C) log p_A(x)
+        momentum: m, 0 <= m < 1
+    """
+    log_mean = log_probability.logsumexp(0) - math.log(len(log_probability))
+    if momentum == 0:
+        return log_mean
+    return torch.logaddexp(log_average.detach() + math.log(momentum), log_mean + math.log(1 - momentum))
 
 
 def strong_augmentation(size: int) -> Callable[[Tensor], Tensor]:
@@ -218,7 +257,7 @@ def tune(visual: nn.Module, tuning: Tuning = "layernorm", rank: int = 4, seed: i
         name -> parameter, all that is trained in the tower
 
     Raises:
-        ValueError: an unknown tuning, or a tower that has nothing that it could train
+        ValueError: an unknown tuning, rank < 1, or a tower that has nothing that it could train
         ImportError: "lora" without peft
 
     Source:
@@ -231,6 +270,8 @@ def tune(visual: nn.Module, tuning: Tuning = "layernorm", rank: int = 4, seed: i
         value, t = `KRONECKER` matrices of side t.
     """
     _check_choices(tuning=tuning)
+    if rank < 1:
+        raise ValueError(f"rank={rank}: LoRA and K-Adaptation add matrices of rank 1 or more")
     visual.requires_grad_(False)
     if tuning == "layernorm":
         for module in visual.modules():
@@ -244,6 +285,28 @@ def tune(visual: nn.Module, tuning: Tuning = "layernorm", rank: int = 4, seed: i
     if not found:
         raise ValueError(f"tuning={tuning!r} finds nothing to train in a {type(visual).__name__}: take a ViT")
     return found
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> float:
+    """The most memory that a call holds at once beyond what was held before, in MiB.
+
+    Source:
+        Figures 2 and 10 (on a GPU). On a CPU torch's profiler counts what torch allocates in this thread.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        function()
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = most = 0
+    for _, size in moves:
+        held += size
+        most = max(most, held)
+    return most / 2**20
 
 
 def adapt(
@@ -276,13 +339,14 @@ def adapt(
 ) -> Adapted:
     """FAIR self-training on the images of a data set, whose labels are never read.
 
-    The encoder that is given stays as it is; a copy is adapted. A data set of training images is the inductive
-    setting, one of test images the transductive. On a CPU the same arguments give the same result, whether a run was
-    interrupted or not.
+    The encoder that is given stays as it is; a copy of its image tower is adapted, and the text tower, which FAIR no
+    longer needs, is shared. A data set of training images is the inductive setting, one of test images the
+    transductive. On a CPU the same arguments give the same result, whether a run was interrupted or not.
 
     Args:
         encoder: `encode.load(...)`, in fp32 or bf16; on its device
-        dataset: the unlabelled images; what it draws or decodes is loaded anew each epoch
+        dataset: the unlabelled images, loaded anew each epoch, the next batch by a thread while the encoder works. One
+            that cannot be read is left out with a warning that names it
         text: of its C >= 2 classes; the descriptions make Z*
         n: N, crops an image
         k: crops that count; None is all
@@ -293,7 +357,8 @@ def adapt(
             CuPL's eq. 5, fixed. The student trains Z* in any case
         pseudo_weight: form of gamma, see `pseudo_label_weights`
         gamma: "raw" is eq. 16; "batch" divides by the mean over the batch
-        shared: pseudo-labels from the encoder as it is adapted; False: from the encoder as it was given
+        shared: pseudo-labels from the encoder as it is adapted; False: from the encoder as it was given. The anchors
+            that its crops are compared with are the adapted Z* in both cases
         logit_scale: multiplies the student's cosines before the softmax; None is the model's own
         momentum: m of p_bar <- m p_bar + (1 - m) mean of the batch's p_A(x); uniform at the start
         tuning: see `tune`
@@ -314,10 +379,14 @@ def adapt(
         the adapted copy, Z* and the history of all epochs
 
     Raises:
-        ValueError: an argument out of range, k > N, fewer than two classes, no images, another number of classes than
-            the data set has, an encoder in fp16, a pseudo-label that is no class, a state of other arguments
+        ValueError: an argument out of range, k > N, fewer than two classes, no images that can be read,
+            another number of classes than the data set has, text of another encoder's dimensions, an encoder in fp16,
+            a pseudo-label that is no class, a strong view of another size, a state of other arguments
         ImportError: tuning="lora" without peft
         FloatingPointError: a loss that is not finite, at the end of its epoch
+
+    Warns:
+        UserWarning: an image cannot be read
 
     Source:
         Algorithm 1; sections 3.4, 4 and 6.1.
@@ -347,8 +416,7 @@ def adapt(
     )
     _check_problem(encoder, dataset, text, n, k, momentum, epochs, batch_size)
     classes, device = len(text.label), encoder.device
-    student = copy.deepcopy(encoder)
-    student.model.requires_grad_(False)
+    student = _copy(encoder)
     teacher = student if shared else encoder
     anchors = nn.Parameter(normalize(clip.class_means(text), dim=-1).to(device))
     tuned = tune(student.visual, tuning, rank, seed)
@@ -359,15 +427,16 @@ def adapt(
     logit_scale = encoder.logit_scale if logit_scale is None else logit_scale
 
     run = _run(encoder, dataset, text, seed, *settings)
-    prediction, history = torch.full((classes,), 1 / classes, device=device), _no_history(len(dataset))
+    log_average, history = torch.full((classes,), -math.log(classes), device=device), _no_history(len(dataset))
     if state is not None:
-        prediction, history = _resume(state, run, trained, optimiser)
+        log_average, history = _resume(state, run, trained, optimiser)
     steps = math.ceil(len(dataset) / batch_size)
     for epoch in range(len(history.fairness), epochs):
         order = torch.from_numpy(seeds.rng(seed, "order", epoch).permutation(len(dataset)))
-        labels, confidences, losses = [], [], []
-        for step, index in enumerate(order.split(batch_size)):
-            pictures = [dataset.load(i) for i in index.tolist()]
+        read, labels, confidences, losses = [], [], [], []
+        for step, (index, pictures) in enumerate(_batches(dataset, order, batch_size)):
+            if not pictures:
+                continue
             keys = [dataset.key[i] for i in index.tolist()]
             if pseudo_label is None:
                 target = normalize(anchors.detach(), dim=-1) if fixed is None else fixed
@@ -380,21 +449,54 @@ def adapt(
 
             x = _strong_views(pictures, keys, strong, seeds.derive(seed, "strong", epoch), student)
             log_p = log_softmax(logit_scale * student.features(x) @ normalize(anchors, dim=-1).mT, dim=-1)
-            prediction = momentum * prediction.detach() + (1 - momentum) * log_p.exp().mean(0)
-            self_training, fairness = self_training_loss(log_p, label, share), fairness_loss(prediction)
+            log_average = moving_average(log_average, log_p, momentum)
+            self_training, fairness = self_training_loss(log_p, label, share), fairness_loss(log_average)
 
             done = (epoch * steps + step) / (epochs * steps)
             optimiser.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * done)) / 2
             optimiser.zero_grad()
             (self_training + fairness).backward()
             optimiser.step()
+            read.append(index)
             labels.append(label)
             confidences.append(confidence)
             losses.append(torch.stack([self_training, fairness]).detach())
-        history = _extend(history, order, labels, confidences, losses)
+        history = _extend(history, read, labels, confidences, losses)
         if on_epoch is not None:
-            on_epoch(_state(run, trained, optimiser, prediction, history))
+            on_epoch(_state(run, trained, optimiser, log_average, history))
     return Adapted(student, normalize(anchors.detach(), dim=-1), history)
+
+
+def _copy(encoder):
+    """An encoder with an image tower of its own; the text tower and the sentences that it remembers are shared."""
+    model = encoder.model
+    parts = [child for name, child in model.named_children() if name != "visual"]
+    parts += [*model.parameters(recurse=False), *model.buffers(recurse=False), encoder.tokenize, encoder._text]
+    return copy.deepcopy(encoder, {id(part): part for part in parts})
+
+
+def _batches(dataset: Dataset, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Indices and pictures of an epoch's batches; a thread reads a batch while the one before it is used."""
+
+    def read(index: Tensor) -> tuple[dict[int, Tensor], dict[int, Exception]]:
+        found, lost = {}, {}
+        for i in index.tolist():
+            try:
+                found[i] = dataset.load(i)
+            except (OSError, ValueError) as error:
+                lost[i] = error
+        return found, lost
+
+    batches = order.split(batch_size)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, batches[0])
+        for following in (*batches[1:], None):
+            found, lost = ahead.result()
+            if following is not None:
+                ahead = reader.submit(read, following)
+            for i, error in lost.items():
+                warnings.warn(f"{dataset.key[i]} cannot be read ({error}) and is left out", stacklevel=3)
+            yield torch.tensor(list(found)), list(found.values())
 
 
 def _alignment(views: Views, classifier: Tensor, k: int | None, crop_weights: str) -> Tensor:
@@ -441,6 +543,9 @@ def _strong_views(pictures, keys, strong, seed, encoder) -> Tensor:
         for picture, key in zip(pictures, keys):
             torch.default_generator.manual_seed(seeds.derive(seed, key))
             views.append(strong(picture))
+    size = (3, encoder.image_size, encoder.image_size)
+    if wrong := [view for view in views if view.shape != size or view.dtype != torch.uint8]:
+        raise ValueError(f"strong gave {wrong[0].dtype} {tuple(wrong[0].shape)}: it must give uint8 {size}")
     x = torch.stack(views).to(encoder.device).float() / 255
     return v2.functional.normalize(x, list(encoder.mean), list(encoder.std))
 
@@ -483,22 +588,25 @@ def _add_lora(visual: nn.Module, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError('tuning="lora" uses the peft library: install it with `pip install peft`') from error
-    target = r".*mlp\.(c_fc|c_proj|fc1|fc2)"
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=target), visual)
+    if any(re.fullmatch(LORA_TARGETS, name) for name, _ in visual.named_modules()):
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), visual)
 
 
 def _no_history(n: int) -> History:
     return History(torch.empty(0), torch.empty(0), torch.empty(0, n, dtype=torch.int64), torch.empty(0, n))
 
 
-def _extend(history: History, order: Tensor, labels: list, confidences: list, losses: list) -> History:
+def _extend(history: History, read: list, labels: list, confidences: list, losses: list) -> History:
+    if not read:
+        raise ValueError("none of the pictures can be read: see the warnings")
     loss = torch.stack(losses).mean(0).cpu()
     if not loss.isfinite().all():
         raise FloatingPointError(
             f"the losses of epoch {len(history.fairness) + 1} are {loss.tolist()}: lower learning_rate, or fp32"
         )
-    back = order.argsort()
-    label, weight = (torch.cat(parts).cpu()[back][None] for parts in (labels, confidences))
+    index, n = torch.cat(read), history.weight.shape[1]
+    label = torch.full((1, n), -1).index_copy(1, index, torch.cat(labels).cpu()[None])
+    weight = torch.zeros(1, n).index_copy(1, index, torch.cat(confidences).cpu()[None])
     return History(*(torch.cat(pair) for pair in zip(history, (loss[:1], loss[1:], label, weight))))
 
 
@@ -508,8 +616,8 @@ def _run(encoder, dataset: Dataset, text: Text, seed: int, *settings: object) ->
     return torch.tensor([seeds.derive(seed, encoder.fingerprint, dataset.fingerprint, sentences, *settings)])
 
 
-def _state(run: Tensor, trained: dict, optimiser, prediction: Tensor, history: History) -> State:
-    found = {"run": run, "prediction": prediction, **{f"history.{k}": v for k, v in history._asdict().items()}}
+def _state(run: Tensor, trained: dict, optimiser, log_average: Tensor, history: History) -> State:
+    found = {"run": run, "log_average": log_average, **{f"history.{k}": v for k, v in history._asdict().items()}}
     for name, weight in trained.items():
         found[f"weight.{name}"] = weight
         found |= {f"{fact}.{name}": value for fact, value in optimiser.state[weight].items()}
@@ -518,8 +626,8 @@ def _state(run: Tensor, trained: dict, optimiser, prediction: Tensor, history: H
 
 @torch.no_grad()
 def _resume(state: State, run: Tensor, trained: dict, optimiser) -> tuple[Tensor, History]:
-    """Put a state back where it was; its moving average and its history."""
-    if not torch.equal(state["run"], run):
+    """Put a state back where it was; the logarithm of its moving average and its history."""
+    if "run" not in state or not torch.equal(state["run"], run):
         raise ValueError(
             "the state belongs to a run with other weights, images, sentences or arguments: "
             "call adapt as that run was called, or start anew with state=None"
@@ -531,7 +639,7 @@ def _resume(state: State, run: Tensor, trained: dict, optimiser) -> tuple[Tensor
         moments[i] = {fact: state[f"{fact}.{name}"].clone() for fact in facts if f"{fact}.{name}" in state}
     optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
     history = History(*(state[f"history.{field}"] for field in History._fields))
-    return state["prediction"].to(trained["anchors"].device), history
+    return state["log_average"].to(trained["anchors"].device), history
 
 
 def _check_choices(**chosen: str) -> None:
@@ -545,6 +653,8 @@ def _check_problem(encoder, dataset, text, n, k, momentum, epochs, batch_size) -
         raise ValueError(f"{len(text.label)} class: FAIR compares the two best, so give it at least two")
     if len(text.label) != len(dataset.class_names):
         raise ValueError(f"text has {len(text.label)} classes but {dataset.name} has {len(dataset.class_names)}")
+    if text.label.shape[1] != encoder.dim:
+        raise ValueError(f"text has {text.label.shape[1]} dimensions but the encoder has {encoder.dim}: embed it anew")
     if len(dataset) == 0:
         raise ValueError(f"{dataset.name} has no images to adapt to")
     if n < 1 or (k is not None and not 1 <= k <= n):
