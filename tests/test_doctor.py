@@ -36,7 +36,7 @@ def test_json_of_the_tables(capsys):
     assert "huggingface.co" in table["needs"]["weights"]["ViT-B/16"]
     assert any(what.startswith("data places365 (official): ") for what in table["missing"])
     assert any(what.startswith("prompts cupl of dtd: https://") for what in table["missing"])
-    assert table["command"] == "upclose run params/papers/lgca-table1.yaml"
+    assert table["command"] == "upclose run params/papers/lgca-table1.yaml -p device=cuda"
     assert all(line["hours"] > 0 for line in lines.values())
     assert sum(facts["published_values"].values()) == len(compare.published())
 
@@ -46,7 +46,7 @@ def test_the_page_of_the_tables_names_each_with_its_command(capsys, tmp_path):
     assert doctor.main(tables=True) == 0
     page = capsys.readouterr().out
     for name, sheet in doctor.sheets().items():
-        assert f"\n{sheet.reproduces}: not ready\n  upclose run params/papers/{name}.yaml\n" in page
+        assert f"\n{sheet.reproduces}: not ready\n  upclose run params/papers/{name}.yaml -p device=cuda\n" in page
     lgca = page.split("\nLGCA Table 1")[1].split("\n\n")[0]
     assert "data     here: dtd (official)\n" in lgca
     assert "data     missing: oxford-pets (official), cub (official), food101" in lgca

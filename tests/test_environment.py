@@ -1,10 +1,14 @@
+import ast
+import sys
 import tomllib
+from importlib import metadata
 
 import yaml
 
 from upclose import paths
 
-PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 CONDA = {"pytorch": "torch"}  # conda-forge's name -> PyPI's
 
 
@@ -30,3 +34,34 @@ def test_every_line_of_the_environment_gives_a_reason():
 def test_every_dependency_has_an_upper_bound_where_it_breaks_often():
     free = [line for line in PROJECT["dependencies"] if "<" not in line]
     assert free == ["fsspec>=2024.6"]  # dated versions, stable interface
+
+
+def imported():
+    """The packages that the library imports at a module's top."""
+    for file in paths.PACKAGE.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            yield from (name.split(".")[0] for name in names)
+
+
+def test_what_is_imported_is_declared():
+    foreign = set(imported()) - sys.stdlib_module_names - {"upclose"}
+    declared = {metadata.distribution(line.split(">")[0]).name.lower() for line in PROJECT["dependencies"]}
+    providers = metadata.packages_distributions()
+    missing = {name for name in foreign if not {d.lower() for d in providers[name]} & declared}
+    assert not missing
+
+
+def test_every_module_but_the_encoder_is_kept_from_open_clip():
+    contracts = {c["name"]: c for c in PYPROJECT["tool"]["importlinter"]["contracts"]}
+    kept = set(contracts["Only the encoder imports open_clip"]["source_modules"])
+    there = {p.stem for p in paths.PACKAGE.glob("*.py")} | {p.parent.name for p in paths.PACKAGE.glob("*/__init__.py")}
+    assert kept == {f"upclose.{name}" for name in there - {"__init__", "encode"}}
+
+
+def test_the_citation_names_five_papers_and_their_people():
+    cited = yaml.safe_load((paths.ROOT / "CITATION.cff").read_text())
+    assert len({paper["url"] for paper in cited["references"]}) == 5
+    for paper in cited["references"]:
+        assert all(set(person) == {"family-names", "given-names"} for person in paper["authors"])

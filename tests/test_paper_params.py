@@ -30,7 +30,7 @@ def test_cells_name_data_sets_protocols_and_backbones_that_exist(name):
         assert values.get("top_k", 0) <= values.get("crops", 99)
         assert sheet.reproduces == f"{doctor.PAPER_OF[sheet.notebook]} {values['table']}"
     head = (paths.PARAMS / "papers" / f"{name}.yaml").read_text()
-    assert head.startswith(f"# upclose run params/papers/{name}.yaml")
+    assert head.startswith(f"# upclose run params/papers/{name}.yaml -p device=cuda\n")
     assert "Not run here." in head
 
 
@@ -51,6 +51,8 @@ def test_the_papers_exceptions():
     samples = {v["dataset"]: v["samples"] for _, v in params.cells(SHEETS["lare-table1"])}
     assert samples == {"cub-painting": 5, "domainnet-40": 40}
     assert {v["samples"] for _, v in params.cells(SHEETS["lare-table2"])} == {3}
+    lare = [v for name, sheet in SHEETS.items() if name.startswith("lare") for _, v in params.cells(sheet)]
+    assert {v["batch_size"] for v in lare} == {512}
 
 
 def test_every_published_value_is_accounted_for():

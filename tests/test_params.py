@@ -1,7 +1,11 @@
+import ast
+import typing
+
 import nbformat
 import pytest
 
-from upclose import params, paths
+from upclose import compare, params, paths
+from upclose.methods import fair
 from upclose.params import ParameterError
 
 CELL = """dataset: str = "birdlets"  # which
@@ -71,6 +75,10 @@ def test_an_override_fixes_what_the_grid_sweeps(sheet):
         ("notebook: small\nexceptions: [{when: {tau: 1}, set: {images: 3}}]", "'tau'"),
         ("- a\n- b", "holds a list"),
         ("notebook: [small", "is not YAML"),
+        ("notebook: small\nnotebook: small", "'notebook' stands twice in one mapping in line"),
+        ("notebook: small\nparameters: {images: 3, alpha: 0.6, images: 4}", "'images' stands twice"),
+        ("parameters: {images: 3}", "'notebook' is missing"),
+        ("notebook: small\nparameters: {dataset: cubs}", "no data set 'cubs'; did you mean 'cub'"),
         ("", "holds a NoneType"),
     ],
 )
@@ -86,6 +94,30 @@ def test_a_missing_file_and_a_broken_override():
         params.jobs("params/nowhere.yaml")
     with pytest.raises(ParameterError, match="not of the form name=value"):
         params.override("images")
+    with pytest.raises(ParameterError, match=r"-p 'images=\[1': the value is not YAML"):
+        params.override("images=[1")
+
+
+def test_a_file_that_is_not_there_names_the_nearest_and_not_all(tmp_path):
+    with pytest.raises(ParameterError, match=r"did you mean params/papers/lgca-table1\.yaml\?"):
+        params.read("lgca-table1.yaml")
+    for wrong in ("zzz", tmp_path, paths.PARAMS):
+        with pytest.raises(ParameterError) as error:
+            params.read(wrong)
+        assert len(str(error.value)) < 250
+
+
+def test_a_notebook_that_is_cut_short(sheet, tmp_path):
+    file = sheet("notebook: small\n")
+    book = tmp_path / "notebooks" / "small.ipynb"
+    book.write_text(book.read_text()[:50])
+    with pytest.raises(ParameterError, match=r"small\.ipynb is cut short or no notebook"):
+        params.jobs(file)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("3E2", 300.0), ("1.5e3", 1500.0), ("1e", "1e"), ("7", 7)])
+def test_numbers_are_read_as_python_reads_them(text, value):
+    assert params.override(f"epsilon={text}") == ("epsilon", value)
 
 
 def test_a_parameter_that_the_registry_does_not_know_is_an_error(sheet, tmp_path):
@@ -95,6 +127,102 @@ def test_a_parameter_that_the_registry_does_not_know_is_an_error(sheet, tmp_path
     nbformat.write(book, tmp_path / "notebooks" / "odd.ipynb")
     with pytest.raises(ParameterError, match="does not say what 'zeal' may be"):
         params.jobs(sheet("notebook: odd"))
+
+
+@pytest.mark.parametrize(
+    ("notebook", "name", "value", "choice"),
+    [
+        ("01_lgca", "methods", ["LGCB"], "'LGCA'"),
+        ("01_lgca", "source", "nope", "'clip-d'"),
+        ("01_lgca", "crops", 3, "equal to 4"),
+        ("03_dnd", "setting", "fewshot", "'few-shot'"),
+        ("03_dnd", "device", "tpu", "cuda"),
+        ("04_fair", "methods", ["FAIR", "FAIRY"], "'FAIR-LN'"),
+        ("04_fair", "methods", ["CLIP"], "a row of FAIR: FAIR, FAIR-LN"),
+        ("04_fair", "domain", "oil", "painting"),
+        ("04_fair", "precision", "fp16", "'bf16'"),
+        ("04_fair", "top_k", 17, "crops=16"),
+        ("04_fair", "table", "Table 6", "'Table 7'"),
+        ("05_lare", "dataset", "dtd", "'cub-painting'"),
+        ("ablations/lazsl", "alphas", [0.5, 0.95], "beta=0.9"),
+        ("ablations/dnd", "lower_scales", [0.8], "beta=0.75"),
+        ("ablations/fair", "top_ks", [32], "crops=16"),
+    ],
+)
+def test_what_a_notebook_does_not_know_is_refused_with_its_choices(notebook, name, value, choice):
+    with pytest.raises(ParameterError) as error:
+        params.check(params.notebook_path(notebook), {name: value}, "here")
+    said = str(error.value)
+    assert said.startswith(f"here: {name}")
+    assert choice in said
+
+
+@pytest.mark.parametrize("value", ["photo", "photo+sketch", "all"])
+def test_domains_may_be_joined(value):
+    assert params.check(params.notebook_path("04_fair"), {"domain": value})["domain"] == value
+
+
+def allowed(notebook, name):
+    kind = params.CHOICES[notebook][name]
+    return set(typing.get_args(typing.get_args(typing.get_args(kind)[0])[0] if name == "methods" else kind))
+
+
+def keys(node):
+    """The keys of a dictionary that is written down, also of a union of several."""
+    match node:
+        case ast.Dict():
+            return {key.value for key in node.keys if isinstance(key, ast.Constant)}
+        case ast.BinOp():
+            return keys(node.left) | keys(node.right)
+        case ast.IfExp():
+            return keys(node.body) | keys(node.orelse)
+    return set()
+
+
+def code(notebook):
+    cells = params.notebook_cells(params.notebook_path(notebook))
+    return [ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize(
+    ("notebook", "tables", "others"),
+    [  # where a notebook keeps the rows that it can compute
+        ("01_lgca", ["rules"], []),
+        ("02_lazsl", ["every"], []),
+        ("04_fair", ["zero_shot"], ["linear probe", *fair.ROWS]),
+        ("05_lare", ["make"], ["zero-shot"]),
+        ("ablations/lare", ["make"], []),
+    ],
+)
+def test_methods_are_the_notebooks_own(notebook, tables, others):
+    found = set(others)
+    for tree in code(notebook):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in tables:
+                found |= keys(node.value)
+    assert found == allowed(notebook, "methods")
+
+
+def test_dnds_methods_are_all_run_by_default():
+    values = params.defaults(params.notebook_path("03_dnd"))
+    assert set(values["methods"]) == allowed("03_dnd", "methods")
+
+
+@pytest.mark.parametrize(
+    ("notebook", "paper"),
+    [("01_lgca", "LGCA"), ("02_lazsl", "LaZSL"), ("03_dnd", "D&D"), ("04_fair", "FAIR"), ("05_lare", "LARE")],
+)
+def test_every_published_table_of_ours_may_be_asked_for(notebook, paper):
+    printed = set(compare.published(paper).table)
+    if paper == "LARE":
+        printed -= allowed("ablations/lare", "table")
+    assert printed <= allowed(notebook, "table")
+
+
+def test_methods_tables_and_data_are_declared_for_every_notebook_that_takes_them():
+    books = [p for p in paths.NOTEBOOKS.rglob("*.ipynb") if not {"solutions", ".ipynb_checkpoints"} & set(p.parts)]
+    for book in books:
+        assert params.check(book, {}) == params.defaults(book)  # its own defaults are among its choices
 
 
 def test_every_shipped_file_resolves_against_its_notebook():

@@ -9,8 +9,10 @@ import time
 import nbformat
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from upclose import cli, params, paths, run
+from upclose import cli, params, paths, report, run
 from upclose.params import ParameterError
 
 CELL = 'dataset: str = "birdlets"  # which\nimages: int = 20  # how many\nseed: int = 0  # of it\n'
@@ -30,8 +32,8 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("UPCLOSE_RESULTS", str(tmp_path / "results"))
 
-    def make(body=BODY, text="notebook: small\n"):
-        cells = [nbformat.v4.new_code_cell(CELL, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
+    def make(body=BODY, text="notebook: small\n", cell=CELL):
+        cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
         kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
         book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
         nbformat.write(book, tmp_path / "notebooks" / "small.ipynb")
@@ -52,7 +54,6 @@ def test_a_run_writes_everything_and_is_not_run_again(lab):
     facts = json.loads((folder / "run.json").read_text())
     assert facts["note"] == "kept"
     assert facts["seeds"] == {"seed": 0}
-    assert facts["peak_memory_bytes"] > 2**20
     assert {"commit", "dirty", "packages", "hashes", "seconds"} <= set(facts)
     line = pd.read_csv(folder / "metrics.csv").iloc[0]
     assert (line.value, line.n, line.run) == (100.0, 3, folder.name)
@@ -87,9 +88,57 @@ def test_a_kernel_that_dies_fails_its_run_only(lab):
     assert not (first.folder / "run.json").exists()
 
 
+def test_whatever_a_run_meets_is_its_own_failure(lab):
+    body = (
+        "import os, shutil, signal, upclose\nballast = bytearray(b'x') * (300 * 2**20)\n"
+        "if images == 1:\n    os.kill(os.getppid(), signal.SIGKILL)\n"  # as the system does when memory is short
+        "if images == 2:\n    shutil.rmtree(os.environ['UPCLOSE_RUN'])\n"  # then nothing can be written any more
+    )
+    file = lab(body, "notebook: small\ngrid: {images: [1, 2, 3]}\n")
+    plans = run.plan(params.jobs(file))
+    killed, cut, fine = run.execute(plans)
+    assert [killed.status, cut.status, fine.status] == ["failed", "failed", "done"]
+    assert "killed" in killed.error
+    assert "FileNotFoundError" in cut.error
+    assert [outcome.job.name for outcome in (killed, cut, fine)] == ["small-1", "small-2", "small-3"]
+    peak = json.loads((fine.folder / "run.json").read_text())["peak_memory_bytes"]
+    assert (
+        300 * 2**20 < peak < 600 * 2**20
+    )  # of the kernel: the process that starts it has imported torch, which is more
+    assert plans[2].run in (fine.folder.parent / "index.html").read_text()
+
+
+def test_equal_names_are_told_apart_and_the_same_run_is_planned_once(lab, tmp_path):
+    one = lab(text="notebook: small\nparameters: {images: 1}\n")
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / one.name
+    other.write_text("notebook: small\nparameters: {images: 2}\n")
+    plans = run.plan([job for file in (one, other, one) for job in params.jobs(file)])
+    assert [(item.job.name, item.job.values["images"]) for item in plans] == [("small", 1), ("small", 2)]
+    for k, item in enumerate(plans):  # both complete, at different dates
+        folder = lab.root / f"2026-01-0{k + 1}" / item.run
+        folder.mkdir(parents=True)
+        facts = {"notebook": "small.ipynb", "commit": "", "dirty": False, "seconds": 1, "peak_memory_bytes": 1}
+        (folder / "run.json").write_text(json.dumps(facts))
+    outcomes = run.execute(run.plan([item.job for item in plans]))
+    assert [outcome.folder.parent.name for outcome in outcomes] == ["2026-01-01", "2026-01-02"]
+    assert all((outcome.folder.parent / "index.html").is_file() for outcome in outcomes)  # pages that were lacking
+
+
+def test_the_summary_counts_verdicts(tmp_path):
+    (tmp_path / "claims.csv").write_text("claim,text,verdict\nC1,a,holds\nC2,b,fails\nC3,c,holds\n")
+    job = params.Job("small", tmp_path, {})
+    (line,) = run.summary([run.Outcome(job, "done", tmp_path, 3.0)]).to_dict("records")
+    assert [line[verdict] for verdict in report.VERDICTS] == [2, 0, 1]
+    (line,) = run.summary([run.Outcome(job, "failed", tmp_path / "none")]).to_dict("records")
+    assert [line[verdict] for verdict in report.VERDICTS] == ["", "", ""]
+
+
 def test_dry_run_computes_and_writes_nothing(lab, capsys):
     assert cli.main(["run", str(lab()), "--dry-run"]) == 0
     assert "would run" in capsys.readouterr().out
+    assert cli.main(["run", str(lab()), "--dry-run", "-p", "dataset=cub"]) == 1
+    assert "missing: cub (official) test is not at" in capsys.readouterr().out
     assert not lab.root.exists()
 
 
@@ -104,23 +153,151 @@ def test_missing_training_data_are_said_too(monkeypatch, tmp_path):
     monkeypatch.setenv("UPCLOSE_DATA", str(tmp_path))
     (job, *_) = params.jobs(params.paths.PARAMS / "papers" / "lare-table1.yaml")
     (item,) = run.plan([job])
+    assert "'fp16' is for GPUs" in item.missing
     assert "cub-painting (official) test is not at" in item.missing
     assert "cub (official) train is not at" in item.missing
 
 
-@pytest.mark.parametrize("arguments", [["-p", "images=0"], ["-p", "imges=3"], ["-p", "images=x"]])
-def test_bad_parameters_end_with_one_sentence(lab, capsys, arguments):
-    assert cli.main(["run", str(lab()), *arguments]) == 2
+WIDE = """dataset: str = "birdlets"  # which
+split: str = "test"  # of it
+backbone: str = "birdlets-tiny"  # model
+second_backbone: str = "birdlets-tiny-whole"  # beside it
+pretrained: str = ""  # tag or file
+device: str = "cpu"  # where
+precision: str = "fp32"  # arithmetic
+domain: str = "photo"  # of Birdlets
+source: str = "clip-d"  # of the sentences
+description_file: str = ""  # own sentences
+images: int = 20  # how many
+crops: int = 4  # N
+alpha: float = 0.5  # smallest
+beta: float = 0.9  # largest
+epsilon: float = 0.1  # temperature of the plan
+"""
+
+
+def broken(tmp_path):
+    """Weights that are cut short, and weights of another model."""
+    whole = paths.WEIGHTS / "birdlets-tiny.safetensors"
+    for name, content in (("cut", whole.read_bytes()[:5000]), ("text", b"not weights")):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    for name in ("cut", "text", "other"):
+        shutil.copy(whole.with_suffix(".json"), tmp_path / f"{name}.json")
+    (tmp_path / "words.json").write_text("[1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("imges=3", "no parameter 'imges'; did you mean 'images'?"),
+        ("images=x", "images='x': input should be a valid integer"),
+        ("images=[1", "-p 'images=[1': the value is not YAML"),
+        ("images", "not of the form name=value"),
+        ("images=0", "images=0"),
+        ("crops=0", "crops=0"),
+        ("alpha=0.95", "alpha=0.95 is above beta=0.9"),
+        ("epsilon=-0.1", "epsilon=-0.1: input should be greater than 0"),
+        ("dataset=birdlet", "no data set 'birdlet'; did you mean 'birdlets'?"),
+        ("dataset=imagefolder:nowhere", "no folder nowhere"),
+        ("split=train", "birdlets has no split 'train'; there are validation, test"),
+        ("domain=oil", "domain='oil': there are photo, painting, sketch, clipart"),
+        ("domain=photo+oil", "domain='photo+oil': there are photo"),
+        ("source=nope", "source='nope': input should be 'clip', 'clip-e'"),
+        ("description_file=nowhere.json", "no description file nowhere.json"),
+        ("description_file={tmp}/words.json", "it must map class names to lists of sentences"),
+        ("device=tpu", "device='tpu': there are cpu, cuda"),
+        ("precision=fp16", "'fp16' is for GPUs"),
+        ("backbone=birdlets-tinny", "unknown model 'birdlets-tinny': nearest: birdlets-tiny"),
+        ("backbone=ViT-B-32", "'ViT-B-32' without pretrained has random weights; tags: openai"),
+        ("pretrained={tmp}/none.safetensors", "there is no checkpoint"),
+        ("pretrained={tmp}/cut.safetensors", "cut.safetensors"),
+        ("pretrained={tmp}/text.safetensors", "text.safetensors"),
+        ("pretrained={tmp}/other.safetensors", "other.safetensors"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_before_any_work(lab, capsys, tmp_path, given, words):
+    broken(tmp_path)
+    assert cli.main(["run", str(lab(cell=WIDE)), "-p", given.format(tmp=tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("upclose run: ")
+    assert words in said
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+    assert not lab.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["params/nowhere.yaml"], "no parameter file params/nowhere.yaml"),
+        (["{tmp}"], "it is a folder of 1, such as small.yaml"),
+        (["{tmp}/text.safetensors"], "holds a str; it must map"),
+        (["{tmp}/cut.safetensors"], "is not YAML"),
+    ],
+)
+def test_bad_files_end_with_one_sentence(lab, capsys, tmp_path, arguments, words):
+    lab()
+    broken(tmp_path)
+    assert cli.main(["run", *(text.format(tmp=tmp_path) for text in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert words in said
     assert said.count("\n") == 1
     assert not lab.root.exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "x"])
+def test_workers_are_at_least_one(lab, capsys, workers):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", str(lab()), "--workers", workers])
+    assert stop.value.code == 2
+    assert "--workers" in capsys.readouterr().err
+    assert not lab.root.exists()
+
+
+def test_a_device_must_be_on_the_machine_that_runs(lab, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    jobs = params.jobs(lab(cell=WIDE), {"device": "cuda:99"})
+    assert "device 'cuda:99'" in run.plan(jobs)[0].missing
+    assert run.plan(jobs, here=False)[0].missing == ""  # a cluster's nodes have their own
+
+
+def test_the_second_backbone_does_not_take_the_first_ones_tag(lab):
+    (item,) = run.plan(params.jobs(lab(cell=WIDE), {"backbone": "ViT-B-32-quickgelu", "pretrained": "openai"}))
+    assert item.missing == ""
+    assert item.hashes["weights ViT-B-32-quickgelu"] == "ViT-B-32-quickgelu:openai"
+    assert len(item.hashes["weights birdlets-tiny-whole"]) == 32
+
+
+def test_own_sentences_are_read_from_where_the_caller_stands_and_make_another_run(lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.json").write_text('{"a tern": ["a hooked beak"]}')
+    body = "from pathlib import Path\nassert Path(description_file).is_file()\n"
+    jobs = params.jobs(lab(body, cell=WIDE), {"description_file": "own.json"})
+    (first,) = run.plan(jobs)
+    (outcome,) = run.execute([first], tmp_path / "elsewhere")
+    assert (outcome.status, outcome.error) == ("done", "")
+    (tmp_path / "own.json").write_text('{"a tern": ["a straight beak"]}')
+    run._sentences.cache_clear()
+    assert run.plan(jobs)[0].hash != first.hash
 
 
 def test_an_unwritable_results_folder(lab, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["run", str(lab()), "--results", str(tmp_path / "file" / "results")]) == 2
     assert "cannot write results" in capsys.readouterr().err
+
+
+def test_a_results_folder_that_cannot_be_written(lab, monkeypatch, capsys):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(
+        run.tempfile, "TemporaryFile", refuse
+    )  # root may write anywhere, so no mode of a folder will do
+    assert cli.main(["run", str(lab())]) == 2
+    assert "Permission denied; set UPCLOSE_RESULTS" in capsys.readouterr().err
+    assert not list(lab.root.iterdir())
 
 
 def test_a_full_results_folder(lab, monkeypatch, capsys):
@@ -144,7 +321,11 @@ def test_interrupted_runs_are_not_complete_and_the_next_call_goes_on(lab, tmp_pa
     time.sleep(1)
     os.killpg(started.pid, signal.SIGINT)
     assert started.wait(60) != 0
-    assert [p.parent.name[:7] for p in lab.root.glob("*/*/run.json")] == ["small-1"]
+    (complete,) = lab.root.glob("*/*/run.json")
+    assert complete.parent.name.startswith("small-1")
+    page = (complete.parents[1] / "index.html").read_text()
+    assert f'<h2 id="{complete.parent.name}">' in page
+    assert "not complete" in page
     (tmp_path / "go").write_text("")
     outcomes = run.execute(run.plan(params.jobs(file)))
     assert [outcome.status for outcome in outcomes] == ["complete", "done"]

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,8 +166,29 @@ def test_a_whole_training_writes_weights_and_card(tmp_path, monkeypatch, capsys)
     card = (tmp_path / "out" / "birdlets-tiny-whole.md").read_text()
     assert "whole pictures with whole captions only" in card
     assert all(f"| {domain} | " in card for domain in birdlets.DOMAINS)
+    assert re.search(r"\| minutes of drawing, 2 processes \| \d+\.\d \|", card)
     assert tiny.load(tmp_path / "out" / "birdlets-tiny-whole.safetensors").image_size == birdlets.TRAIN_SIZE
     assert [file.name[:5] for file in (tmp_path / "cache" / "train").iterdir()] == ["pool-"]
+
+
+def test_another_optimiser_does_not_go_on_from_an_old_checkpoint_but_keeps_the_pictures(tmp_path, monkeypatch):
+    """Stops after the pictures are drawn, then looks for the names with the programs as they are and changed."""
+    monkeypatch.setenv("UPCLOSE_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    def fit(model, pool, recipe, seed, checkpoint, measure):
+        asked.append(checkpoint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "fit", fit)
+    for name in ("train.py", "tiny.py"):
+        (tmp_path / name).write_text(name)
+    for module, file in ((train, train.__file__), (train, tmp_path / "train.py"), (tiny, tmp_path / "tiny.py")):
+        monkeypatch.setattr(module, "__file__", str(file))
+        with pytest.raises(KeyboardInterrupt):
+            train.train("birdlets-tiny", SMALL, 0, tmp_path / "out")
+    assert len(set(asked)) == 3
+    assert len(list((tmp_path / "cache" / "train").glob("pool-*"))) == 1
 
 
 def test_bad_arguments_end_before_any_work(tmp_path, capsys):

@@ -194,7 +194,7 @@ def paper_tables(rate: float) -> list[dict[str, Any]]:
                 "ready": not missing,
                 "needs": wanted,
                 "missing": missing,
-                "command": f"upclose run params/papers/{name}.yaml",
+                "command": f"upclose run params/papers/{name}.yaml -p device=cuda",  # as the file says
             }
         )
     return out

@@ -1,7 +1,8 @@
-"""The page of a day: `results/<date>/index.html` shows every complete run with its numbers and figures."""
+"""The page of a day: `results/<date>/index.html` shows every complete run with its verdicts, numbers and figures."""
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import os
@@ -9,52 +10,136 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
+from PIL import Image
 
+from upclose import paths
+
+VERDICTS = ("holds", "undecided", "fails")
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222 }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 3rem 0 .3rem; border-top: 1px solid #ccc; padding-top: 1rem }
+p, figcaption { color: #555; font-size: .85rem; margin: .3rem 0 }
+.table { overflow-x: auto; margin: .6rem 0 } .metrics .table { overflow-y: auto; max-height: 20rem }
 table { border-collapse: collapse; font-size: .85rem }
-th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #eee }
-td:nth-child(n+8) { text-align: right }
-figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top }
-img { max-width: 33rem; border: 1px solid #eee } p, figcaption { color: #555; font-size: .85rem }
+th { position: sticky; top: 0; background: #fff }
+th, td { padding: .15rem .9rem .15rem 0; text-align: left; border-bottom: 1px solid #eee; vertical-align: top }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.holds { color: #0072b2; font-weight: 600 } .fails { color: #b34700; font-weight: 600 } .undecided { color: #777 }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(34rem, 1fr)); gap: 1rem;
+  align-items: start; grid-auto-flow: dense }
+figure { margin: 0 } figure.whole { grid-column: 1 / -1 } img { width: 100%; border: 1px solid #eee }
 """
 
 
-def _run(folder: Path) -> str:
-    facts = json.loads((folder / "run.json").read_text())
-    name = html.escape(folder.name)
-    here = quote(folder.name)
+def verdicts(folder: Path) -> dict[str, int | str]:
+    """How many of a run's claims hold, are undecided and fail; "" where it makes none."""
+    if not (file := folder / "claims.csv").exists():
+        return dict.fromkeys(VERDICTS, "")
+    found = pd.read_csv(file, keep_default_na=False).verdict
+    return {verdict: int((found == verdict).sum()) for verdict in VERDICTS}
+
+
+def _cell(tag: str, text: str, name: str) -> str:
+    return f'<{tag} class="{name}">{text}</{tag}>' if name else f"<{tag}>{text}</{tag}>"
+
+
+def _table(frame: pd.DataFrame, links: bool = False) -> str:
+    """A table, escaped; numbers to the right, verdicts in colour; with `links` the first column goes to the runs."""
+    number = {c: bool(pd.to_numeric(frame[c].replace("", None), errors="coerce").notna().any()) for c in frame}
+    rows = ["".join(_cell("th", html.escape(c), "n" * number[c]) for c in frame)]
+    for values in frame.astype(str).itertuples(index=False, name=None):
+        cells = [
+            _cell("td", html.escape(v), "n" if number[c] else v if v in VERDICTS else "") for c, v in zip(frame, values)
+        ]
+        if links:
+            cells[0] = f'<td><a href="#{html.escape(values[0])}">{html.escape(values[0])}</a></td>'
+        rows.append("".join(cells))
+    return '<div class="table"><table>' + "".join(f"<tr>{row}</tr>\n" for row in rows) + "</table></div>"
+
+
+def _metrics(file: Path) -> str:
+    """A run's `metrics.csv`; what is the same in every row is said once, above."""
+    frame = pd.read_csv(file, keep_default_na=False, dtype=str).drop(columns="run")
+    same = {c: frame[c].iloc[0] for c in frame if frame[c].nunique() == 1 and c != "value"}
+    said = ", ".join(f"{c} {v}" for c, v in same.items() if v)
+    for column in {"value", "std"} & set(frame):
+        frame[column] = [f"{float(v):.1f}" if v else "" for v in frame[column]]
+    table = _table(frame.drop(columns=list(same)))
+    return f'<div class="metrics"><p>{len(frame)} measurements: {html.escape(said)}</p>{table}</div>'
+
+
+def _figures(folder: Path) -> str:
+    """A run's figures, two beside each other, those that are wide in a row of their own."""
+    cells = []
+    for file in sorted((folder / "figures").glob("*.png")):
+        caption = html.escape(file.stem.replace("_", " "))
+        link = f"{quote(folder.name)}/figures/{quote(file.name)}"
+        picture = f'<a href="{link}"><img src="{link}" alt="{caption}" loading="lazy"></a>'
+        with Image.open(file) as image:
+            whole = ' class="whole"' if image.width > 2.5 * image.height else ""
+        cells.append(f"<figure{whole}>{picture}<figcaption>{caption}</figcaption></figure>")
+    return f'<div class="figures">{"".join(cells)}</div>' if cells else ""
+
+
+def _run(folder: Path, facts: dict) -> str:
+    name, here = html.escape(folder.name), quote(folder.name)
+    source = Path(os.path.relpath(paths.NOTEBOOKS / facts["notebook"], folder.parent)).as_posix()
     parts = [
         f'<h2 id="{name}">{name}</h2>',
-        f"<p>{html.escape(facts['notebook'])}, commit {html.escape(facts['commit'][:10] or 'none')}"
-        f"{' with changes' if facts['dirty'] else ''}, {facts['seconds']:.0f} s, "
-        f'{facts["peak_memory_bytes"] / 2**30:.1f} GiB at most. <a href="{here}/notebook.ipynb">notebook</a>, '
-        f'<a href="{here}/params.yaml">parameters</a>, <a href="{here}/run.json">run.json</a></p>',
+        f'<p><a href="{quote(source)}">{html.escape(facts["notebook"])}</a> at commit '
+        f"{html.escape(facts['commit'][:10] or 'none')}{' with changes' if facts['dirty'] else ''}, "
+        f"{facts['seconds']:.0f} s, {facts['peak_memory_bytes'] / 2**30:.1f} GiB at most. "
+        f'<a href="{here}/params.yaml">parameters</a>, <a href="{here}/run.json">run.json</a>; the notebook as it was '
+        f"run is kept beside them as notebook.ipynb and is not committed.</p>",
     ]
+    if (claims := folder / "claims.csv").exists():
+        parts.append(_table(pd.read_csv(claims, keep_default_na=False, dtype=str)))
     if (metrics := folder / "metrics.csv").exists():
-        frame = pd.read_csv(metrics, keep_default_na=False).drop(columns="run")
-        parts.append(frame.to_html(index=False, escape=True, border=0))
-    for figure in sorted((folder / "figures").glob("*.png")):
-        caption = html.escape(figure.stem.replace("_", " "))
-        parts.append(
-            f'<figure><img src="{here}/figures/{quote(figure.name)}" alt="{caption}" loading="lazy">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    return "\n".join(parts)
+        parts.append(_metrics(metrics))
+    return "\n".join([*parts, _figures(folder)])
+
+
+def _runs(day: Path) -> list[Path]:
+    return sorted(file.parent for file in day.glob("[!.]*/run.json"))
+
+
+def _stamp(day: Path) -> str:
+    """What a page of these runs carries, so that an older one is known."""
+    return hashlib.sha256(b"".join((run / "run.json").read_bytes() for run in _runs(day))).hexdigest()[:16]
 
 
 def write(day: Path) -> Path:
-    """Write the page of a day's folder and return its path."""
-    runs = sorted(file.parent for file in day.glob("*/run.json"))
-    links = "".join(f'<li><a href="#{html.escape(run.name)}">{html.escape(run.name)}</a></li>' for run in runs)
-    body = "\n".join(_run(run) for run in runs)
+    """Write the page of a day's folder, which has at least one complete run, and return its path."""
+    facts = {run: json.loads((run / "run.json").read_text()) for run in _runs(day)}
+    rows = [
+        {
+            "run": run.name,
+            "notebook": known["notebook"].removesuffix(".ipynb"),
+            "status": "complete",
+            "seconds": f"{known['seconds']:.0f}",
+            **verdicts(run),
+        }
+        for run, known in facts.items()
+    ]
+    rows += [
+        dict.fromkeys(rows[0], "") | {"run": left.name.removeprefix(".partial-"), "status": "not complete"}
+        for left in sorted(day.glob(".partial-*"))
+    ]
+    body = "\n".join(_run(run, known) for run, known in facts.items())
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>upclose, {html.escape(day.name)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-        f"<h1>CLIP, up close: runs of {html.escape(day.name)}</h1><ul>{links}</ul>{body}</html>\n"
+        f'<meta name="viewport" content="width=device-width"><meta name="runs" content="{_stamp(day)}">'
+        f"<style>{_STYLE}</style><h1>CLIP, up close: runs of {html.escape(day.name)}</h1>\n"
+        f"<p>A claim holds when the 95 % interval of a paired bootstrap lies above its margin, fails when below, else "
+        f"it is undecided.</p>\n{_table(pd.DataFrame(rows), links=True)}\n{body}</html>\n"
     )
-    new = day / ".index.html.new"
-    new.write_text(page)
-    os.replace(new, day / "index.html")
+    paths.write(day / "index.html", page.encode())
     return day / "index.html"
+
+
+def refresh(root: Path) -> None:
+    """Write the page of every day below a results folder that has complete runs and no page of just these."""
+    for day in sorted({file.parents[1] for file in root.glob("*/[!.]*/run.json")}):
+        page = day / "index.html"
+        if not page.exists() or f'name="runs" content="{_stamp(day)}"' not in page.read_text():
+            write(day)

@@ -13,14 +13,18 @@ import multiprocessing
 import os
 import platform
 import queue
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from datetime import date
 from functools import cache
 from importlib import metadata
@@ -28,12 +32,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import psutil
 import torch
 import yaml
 from tqdm import tqdm
 
-from upclose import datasets, encode, paths, report
-from upclose.params import Job, ParameterError
+from upclose import datasets, encode, paths, prompts, report
+from upclose.params import Job, ParameterError, notebook_cells
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
 LEAST_FREE = 64 * 2**20  # bytes
@@ -58,6 +63,11 @@ class Plan(NamedTuple):
     hashes: dict[str, str]
     complete: Path | None
     missing: str
+
+    @property
+    def run(self) -> str:
+        """The name of its folder."""
+        return f"{self.job.name}-{self.hash}"
 
 
 # ---------------------------------------------------------------------------------------------- inside a notebook
@@ -106,14 +116,18 @@ def _prompts() -> str:
 
 
 def _notebook(path: Path) -> str:
-    cells = json.loads(path.read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code = ["".join(cell["source"]) for cell in notebook_cells(path) if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()
 
 
 @cache
 def _weights(backbone: str, pretrained: str) -> str:
-    return encode.identity(backbone, pretrained or None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*has random weights")
+        try:
+            return encode.identity(backbone, pretrained or None)
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from None
 
 
 @cache
@@ -121,44 +135,75 @@ def _data(dataset: str, split: str, protocol: str | None) -> str:
     return datasets.load(dataset, split, protocol=protocol).fingerprint
 
 
-def ingredients(job: Job) -> tuple[dict[str, str], list[str]]:
-    """The hashes that name a run, and a sentence for each thing that this machine lacks."""
+@cache
+def _sentences(file: str) -> str:
+    prompts.read(file)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+@cache
+def _arithmetic(device: str, precision: str) -> None:
+    encode.load("birdlets-tiny", None, device, precision)
+
+
+def ingredients(job: Job, here: bool = True) -> tuple[dict[str, str], list[str]]:
+    """The hashes that name a run, and a sentence for each thing that is missing.
+
+    Args:
+        job: its values
+        here: it would run on this machine, which must have the device then
+    """
     values, missing = job.values, []
     hashes = {"code": _code(), "prompts": _prompts(), "notebook": _notebook(job.notebook)}
-    backbones = values.get("backbones") or [values[k] for k in ("backbone", "second_backbone") if values.get(k)]
-    for name in backbones:
+
+    @contextmanager
+    def noted() -> Iterator[None]:
         try:
-            hashes[f"weights {name}"] = _weights(name, values.get("pretrained", ""))
+            yield
         except (ValueError, OSError, RuntimeError) as error:
             missing.append(str(error))
-    wanted = {"data": (values.get("dataset"), values.get("split", "test"), values.get("protocol") or None)}
-    wanted["training data"] = (values.get("train_dataset"), "train", None)
-    for what, (dataset, split, protocol) in wanted.items():
+
+    weights = {name: values.get("pretrained", "") for name in values.get("backbones") or [values.get("backbone")]}
+    weights |= {values.get("second_backbone"): ""}  # no notebook gives it a tag
+    for name, pretrained in weights.items():
+        if name:
+            with noted():
+                hashes[f"weights {name}"] = _weights(name, pretrained)
+    data = {"data": (values.get("dataset"), values.get("split", "test"), values.get("protocol") or None)}
+    data["training data"] = (values.get("train_dataset"), "train", None)
+    for what, (dataset, split, protocol) in data.items():
         if dataset:
-            try:
+            with noted():
                 hashes[what] = _data(dataset, split, protocol)
-            except (ValueError, OSError, RuntimeError) as error:
-                missing.append(str(error))
+    for what in ("description_file", "sentence_file"):
+        if values.get(what):
+            with noted():
+                hashes[what] = _sentences(values[what])
+    if here and "device" in values:
+        with noted():
+            _arithmetic(values["device"], values.get("precision", "fp32"))
     return hashes, missing
 
 
-def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False) -> list[Plan]:
-    """What would be run, what is complete, and what is missing.
+def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False, here: bool = True) -> list[Plan]:
+    """What would be run, what is complete, and what is missing; two jobs that are the same run are one.
 
     Args:
         jobs: of one or several parameter files
         root: of the results
         force: do not look for earlier runs
+        here: they would run on this machine, not on a cluster
     """
     root = root or paths.results()
-    plans = []
+    plans = {}
     for job in jobs:
-        hashes, missing = ingredients(job)
+        hashes, missing = ingredients(job, here)
         facts = json.dumps([job.values, hashes], sort_keys=True, default=str)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
         found = [] if force else sorted(root.glob(f"*/{job.name}-{digest}/run.json"))
-        plans.append(Plan(job, digest, hashes, found[-1].parent if found else None, "; ".join(missing)))
-    return plans
+        item = Plan(job, digest, hashes, found[-1].parent if found else None, "; ".join(missing))
+        plans.setdefault(item.run, item)
+    return list(plans.values())
 
 
 def _check_root(root: Path) -> None:
@@ -182,8 +227,30 @@ def _git(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def _partial(item: Plan, day: Path) -> Path:
+    return day / f".partial-{item.run}"
+
+
 def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
-    """Run one notebook in this process; its kernel is this process's only child."""
+    """Run one notebook in this process; whatever goes wrong is that run's failure alone."""
+    start = time.time()
+    try:
+        folder = _run_notebook(item, day, ticks)
+    except Exception as error:
+        return Outcome(item.job, "failed", _partial(item, day), time.time() - start, _why(error, _partial(item, day)))
+    return Outcome(item.job, "done", folder, time.time() - start)
+
+
+def _why(error: Exception, partial: Path) -> str:
+    import papermill
+
+    if isinstance(error, papermill.PapermillExecutionError):
+        return f"cell {error.exec_count} raised {error.ename}: {error.evalue}; see {partial / 'notebook.ipynb'}"
+    return f"{type(error).__name__}: {error}; see {partial}"
+
+
+def _run_notebook(item: Plan, day: Path, ticks: Any) -> Path:
+    """Run one notebook, whose kernel is this process's only child, and return its complete folder."""
     import papermill
     from papermill.engines import NBClientEngine, papermill_engines
 
@@ -193,6 +260,7 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
             done = manager.cell_complete
 
             def complete(cell, *a, **k):
+                peaks.append(_peak_of_children())
                 if ticks is not None:
                     ticks.put(1)
                 return done(cell, *a, **k)
@@ -200,9 +268,9 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
             manager.cell_complete = complete
             return super().execute_managed_notebook(manager, *args, **kwargs)
 
+    peaks: list[int] = []
     papermill_engines.register("ticking", Ticking)
-    job, name = item.job, f"{item.job.name}-{item.hash}"
-    partial = day / f".partial-{name}"
+    job, partial = item.job, _partial(item, day)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "params.yaml").write_text(yaml.safe_dump(job.values, sort_keys=False))
@@ -211,25 +279,18 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
     with log.open("w") as file:  # what the kernel says beside the notebook
         os.dup2(file.fileno(), 2)
     start = time.time()
-    try:
-        papermill.execute_notebook(
-            str(job.notebook),
-            str(partial / "notebook.ipynb"),
-            parameters=job.values,
-            engine_name="ticking",
-            kernel_name="python3",
-            progress_bar=False,
-            log_output=False,
-            start_timeout=KERNEL_START,
-            cwd=str(job.notebook.parent),
-        )
-    except papermill.PapermillExecutionError as error:
-        why = f"cell {error.exec_count} raised {error.ename}: {error.evalue}; see {partial / 'notebook.ipynb'}"
-        return Outcome(job, "failed", partial, time.time() - start, why)
-    except RuntimeError as error:  # of nbclient: the kernel died, as when memory is short, or never answered
-        return Outcome(job, "failed", partial, time.time() - start, f"{error}; see {log}")
+    papermill.execute_notebook(
+        str(job.notebook),
+        str(partial / "notebook.ipynb"),
+        parameters=job.values,
+        engine_name="ticking",
+        kernel_name="python3",
+        progress_bar=False,
+        log_output=False,
+        start_timeout=KERNEL_START,
+        cwd=os.getcwd(),  # a path among the parameters is read from where the caller stands
+    )
     seconds = time.time() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     facts = partial / "facts.json"
     content = {
         "notebook": os.path.relpath(job.notebook, paths.NOTEBOOKS),
@@ -244,7 +305,7 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
         "seeds": {key: value for key, value in job.values.items() if "seed" in key},
         **(json.loads(facts.read_text()) if facts.exists() else {}),
         "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": max(peaks),
     }
     facts.unlink(missing_ok=True)
     log.unlink()
@@ -252,30 +313,52 @@ def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    final = day / name
+    final = day / item.run
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    return Outcome(job, "done", final, seconds)
+    return final
+
+
+def _peak_of_children() -> int:
+    """Bytes that a child of this process has held at most.
+
+    `ru_maxrss` cannot tell on Linux: it begins at what the process held that started the child.
+    """
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    peaks = [0]
+    for child in psutil.Process().children():
+        with suppress(OSError):  # it has just ended
+            said = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{child.pid}/status").read_text())
+            peaks.append(1024 * int(said[1]) if said else 0)
+    return max(peaks)
 
 
 def _cells(job: Job) -> int:
-    return len(json.loads(job.notebook.read_text())["cells"])
+    return len(notebook_cells(job.notebook))
 
 
-def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[Outcome]:
-    """Each job in a fresh process, `workers` at a time that share the cores, with one bar over all cells."""
+def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, Outcome]]:
+    """Each job in a process of its own, `workers` at a time that share the cores, with one bar over all cells."""
     context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+
+    def apart(item: Plan, ticks: Any) -> Outcome:
+        with ProcessPoolExecutor(1, context, _limit_threads, (threads,)) as process:
+            try:
+                return process.submit(_execute, item, day, ticks).result()
+            except BrokenProcessPool:
+                why = f"its process was killed, as when memory is short; see {_partial(item, day)}"
+                return Outcome(item.job, "failed", _partial(item, day), error=why)
+
     with (
         context.Manager() as manager,
         tqdm(total=sum(_cells(p.job) for p in todo), unit="cell", disable=not todo) as bar,
     ):
         ticks = manager.Queue()
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        pool = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_limit_threads, initargs=(threads,), max_tasks_per_child=1
-        )
+        pool = ThreadPoolExecutor(workers)
         try:
-            waiting = {pool.submit(_execute, item, day, ticks): item for item in todo}
+            waiting = {pool.submit(apart, item, ticks): item for item in todo}
             while waiting:
                 done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 while True:
@@ -286,7 +369,7 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[Outcome]:
                 for future in done:
                     item = waiting.pop(future)
                     bar.set_postfix_str(item.job.name)
-                    yield future.result()
+                    yield item, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -298,26 +381,32 @@ def _limit_threads(threads: int) -> None:
         torch.set_num_threads(threads)  # torch was imported before and has read the variable already
 
 
-def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[Outcome]:
+def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, Outcome]]:
     """Each job as a task of an existing Ray cluster that shares the results folder."""
     try:
         import ray
     except ImportError:
         raise ParameterError("--ray needs the extra: pip install 'upclose[cluster]'") from None
     ray.init(address=None if address == "local" else address, log_to_driver=False)
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    task = ray.remote(num_gpus=gpus, max_calls=1)(_execute)
-    waiting = [task.remote(item, day) for item in todo]
-    with tqdm(total=len(waiting), unit="run") as bar:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            bar.update()
-            yield ray.get(done[0])
-    ray.shutdown()
+    try:
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        task = ray.remote(num_gpus=gpus, max_calls=1)(_execute)
+        waiting = {task.remote(item, day): item for item in todo}
+        with tqdm(total=len(waiting), unit="run") as bar:
+            while waiting:
+                (done,), _ = ray.wait(list(waiting))
+                item = waiting.pop(done)
+                bar.update()
+                try:
+                    yield item, ray.get(done)
+                except ray.exceptions.RayError as error:  # its node or its process is gone
+                    yield item, Outcome(item.job, "failed", _partial(item, day), error=str(error))
+    finally:
+        ray.shutdown()
 
 
 def execute(plans: list[Plan], root: Path | None = None, workers: int = 1, ray: str | None = None) -> list[Outcome]:
-    """Run what is not complete, and write the page of the day.
+    """Run what is not complete, and write the pages of the days, also when interrupted.
 
     Args:
         plans: see `plan`
@@ -331,24 +420,25 @@ def execute(plans: list[Plan], root: Path | None = None, workers: int = 1, ray: 
     Raises:
         ParameterError: something that a job needs is missing, or the results cannot be written; nothing has been run
     """
-    root = root or paths.results()
+    root = (root or paths.results()).absolute()
     if lacking := [item for item in plans if item.missing and item.complete is None]:
         more = f" ({len(lacking)} of {len(plans)} runs lack something)" if len(lacking) > 1 else ""
         raise ParameterError(f"{lacking[0].job.name}: {lacking[0].missing}{more}")
     _check_root(root)
     day = root / date.today().isoformat()
     todo = [item for item in plans if item.complete is None]
-    outcomes = {item.job.name: Outcome(item.job, "complete", item.complete) for item in plans if item.complete}
-    if todo:
-        day.mkdir(exist_ok=True)
-        for outcome in _on_ray(todo, day, ray) if ray else _locally(todo, day, workers):
-            outcomes[outcome.job.name] = outcome
-        report.write(day)
-    return [outcomes[item.job.name] for item in plans]
+    outcomes = {item.run: Outcome(item.job, "complete", item.complete) for item in plans if item.complete}
+    try:
+        if todo:
+            for item, outcome in _on_ray(todo, day, ray) if ray else _locally(todo, day, workers):
+                outcomes[item.run] = outcome
+    finally:
+        report.refresh(root)
+    return [outcomes[item.run] for item in plans]
 
 
 def summary(outcomes: list[Outcome]) -> pd.DataFrame:
-    """A line a run: status, seconds, rows of metrics and where it is."""
+    """A line a run: status, seconds, rows of metrics, verdicts of its claims and where it is."""
     rows = []
     for outcome in outcomes:
         metrics = outcome.folder / "metrics.csv"
@@ -358,6 +448,7 @@ def summary(outcomes: list[Outcome]) -> pd.DataFrame:
                 "status": outcome.status,
                 "seconds": f"{outcome.seconds:.0f}" if outcome.seconds else "",
                 "metrics": len(pd.read_csv(metrics)) if metrics.exists() else 0,
+                **report.verdicts(outcome.folder),
                 "folder": os.path.relpath(outcome.folder),
             }
         )

@@ -75,10 +75,12 @@ class Pool(NamedTuple):
     Attributes:
         pixels: (n, 3, S, S) uint8, in a file
         tokens: (n, 2, context) uint16, in a file: two captions a view
+        minutes: that drawing them took
     """
 
     pixels: np.ndarray
     tokens: np.ndarray
+    minutes: float = 0.0
 
 
 def draw_pool(folder: Path, pictures: int, seed: int, whole: bool) -> Pool:
@@ -87,6 +89,7 @@ def draw_pool(folder: Path, pictures: int, seed: int, whole: bool) -> Pool:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        started = time.monotonic()
         views = len(birdlets.training_views(seed, 0, whole)[0])
         _pool_file(partial, "pixels", "w+", (pictures * views, 3, birdlets.TRAIN_SIZE, birdlets.TRAIN_SIZE), np.uint8)
         _pool_file(partial, "tokens", "w+", (pictures * views, 2, tiny.CONTEXT), np.uint16)
@@ -98,8 +101,10 @@ def draw_pool(folder: Path, pictures: int, seed: int, whole: bool) -> Pool:
             for start, _ in zip(starts, jobs):
                 if start % (20 * BLOCK) == 0:
                     print(f"  drawn {start:,} of {pictures:,} pictures", flush=True)
+        (partial / "minutes.json").write_text(json.dumps((time.monotonic() - started) / 60))
         partial.rename(folder)
-    return Pool(_pool_file(folder, "pixels"), _pool_file(folder, "tokens"))
+    minutes = json.loads((folder / "minutes.json").read_text())
+    return Pool(_pool_file(folder, "pixels"), _pool_file(folder, "tokens"), minutes)
 
 
 def _pool_file(folder: Path, name: str, mode: str = "r", shape=None, dtype=None) -> np.ndarray:
@@ -260,7 +265,7 @@ def _keep(checkpoint: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer
         for i, state in optimiser.state_dict()["state"].items():
             tensors |= {f"{o}.{i}.{key}": value for key, value in state.items()}
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    tiny.write(checkpoint, save(tensors, metadata={"curve": json.dumps(curve)}))
+    paths.write(checkpoint, save(tensors, metadata={"curve": json.dumps(curve)}))
 
 
 def _restore(checkpoint: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer]) -> list[dict]:
@@ -308,13 +313,16 @@ def accuracies(model: CLIP, pixels: np.ndarray, dataset: birdlets.Birdlets) -> t
     return by_name, with_descriptions
 
 
-def model_card(name: str, recipe: Recipe, seed: int, curve: list[dict], sha256: str, results: dict) -> str:
+def model_card(
+    name: str, recipe: Recipe, seed: int, drawing: float, curve: list[dict], sha256: str, results: dict
+) -> str:
     """The page that goes with the weights.
 
     Args:
         name: of the model
         recipe: it was trained by
         seed: of the training
+        drawing: minutes that the training views took
         curve: what `fit` returned
         sha256: of the weights
         results: domain -> (share right by name, by name with descriptions, pictures)
@@ -334,7 +342,8 @@ def model_card(name: str, recipe: Recipe, seed: int, curve: list[dict], sha256: 
             "| --- | --- |",
             *(f"| {key} | {value} |" for key, value in recipe._asdict().items() if key != "measure"),
             f"| seed | {seed} |",
-            f"| minutes on {THREADS} threads, without drawing | {curve[-1]['minutes']:.1f} |",
+            f"| minutes of drawing, {DRAWERS} processes | {drawing:.1f} |",
+            f"| minutes of training, {THREADS} threads | {curve[-1]['minutes']:.1f} |",
             f"| image tower | {config['vision_cfg']} |",
             f"| text tower | {config['text_cfg']} |",
             f"| torch | {torch.__version__} |",
@@ -377,8 +386,10 @@ def train(name: str, recipe: Recipe, seed: int, folder: Path) -> dict:
     torch.set_num_threads(THREADS)
     whole, words = name.endswith("whole"), birdlets.vocabulary()
     root = paths.cache() / "train"
-    drawn = root / f"pool-{_key(recipe.pictures, seed, whole)}"
-    checkpoint = root / f"{name}-{_key(recipe, seed, whole, tiny.CONFIG)}.safetensors"
+    drawing = [*Path(birdlets.__file__).parent.glob("*.py")]
+    learning = [*drawing, Path(__file__), Path(tiny.__file__)]
+    drawn = root / f"pool-{_key(drawing, recipe.pictures, seed, whole, tiny.BUCKETS, tiny.CONTEXT)}"
+    checkpoint = root / f"{name}-{_key(learning, recipe, seed, whole, tiny.CONFIG)}.safetensors"
     root.mkdir(parents=True, exist_ok=True)
     print(f"{name}: pictures in {drawn}", flush=True)
     pool = draw_pool(drawn, recipe.pictures, seed, whole)
@@ -398,15 +409,14 @@ def train(name: str, recipe: Recipe, seed: int, folder: Path) -> dict:
         data = birdlets.dataset("validation", domain, n=recipe.measure)
         right = accuracies(tiny.load(folder / f"{name}.safetensors").model, pictures_of(data), data)
         results[domain] = (*(float(one.mean()) for one in right), len(data))
-    tiny.write(folder / f"{name}.md", model_card(name, recipe, seed, curve, sha256, results).encode())
+    paths.write(folder / f"{name}.md", model_card(name, recipe, seed, pool.minutes, curve, sha256, results).encode())
     checkpoint.unlink(missing_ok=True)
     return results
 
 
-def _key(*facts: object) -> str:
-    """A hash of some facts, of the programs that draw and of how captions become tokens."""
-    files = sorted(Path(birdlets.__file__).parent.glob("*.py"))
-    return hashlib.sha256(repr(facts).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+def _key(programs: Sequence[Path], *facts: object) -> str:
+    """A hash of some facts and of the programs that they are told to."""
+    return hashlib.sha256(repr(facts).encode() + b"".join(f.read_bytes() for f in sorted(programs))).hexdigest()[:16]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -419,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        tiny.write(options.out / ".writable", b"")
+        paths.write(options.out / ".writable", b"")
         (options.out / ".writable").unlink()
     except OSError as error:
         parser.error(f"cannot write to --out {options.out}: {error.strerror}")

@@ -1,0 +1,94 @@
+import json
+import re
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from upclose import paths, report
+
+FACTS = {"notebook": "01_lgca.ipynb", "commit": "c" * 40, "dirty": True, "seconds": 12.3, "peak_memory_bytes": 2**30}
+METRICS = {"paper": "LGCA", "method": ["CLIP", "<b>WCA</b>"], "value": [25.6667, 30.0], "std": ["", 0.5], "n": 300}
+
+
+@pytest.fixture
+def day(tmp_path):
+    """A day with one complete run, as it would stand in the repository."""
+    run = tmp_path / "2026-01-02" / "01_lgca-0123456789"
+    (run / "figures").mkdir(parents=True)
+    Image.new("RGB", (300, 100)).save(run / "figures" / "wide_one.png")
+    Image.new("RGB", (100, 100)).save(run / "figures" / "square.png")
+    pd.DataFrame(METRICS | {"run": run.name}).to_csv(run / "metrics.csv", index=False)
+    (run / "claims.csv").write_text(
+        'claim,text,verdict,difference,margin,n\nC1,"<i>A</i> beats B",holds,"+2.0 [+1.0, +3.0]",0.0,9\n'
+        'C2,C beats D,fails,"-2.0 [-3.0, -1.0]",0.0,9\nC3,E beats F,fails,"-2.0 [-3.0, -1.0]",0.0,9\n'
+    )
+    (run / "run.json").write_text(json.dumps(FACTS))
+    return run.parent
+
+
+def rows(page, which):
+    """The cells of a table of the page, row by row."""
+    table = page.split("<table>")[1 + which].split("</table>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+
+
+def test_the_first_table_has_a_row_a_run(day):
+    (day / ".partial-02_lazsl-abc").mkdir()
+    page = report.write(day).read_text()
+    link = '<a href="#01_lgca-0123456789">01_lgca-0123456789</a>'
+    assert rows(page, 0) == [
+        ["run", "notebook", "status", "seconds", "holds", "undecided", "fails"],
+        [link, "01_lgca", "complete", "12", "1", "0", "2"],
+        ['<a href="#02_lazsl-abc">02_lazsl-abc</a>', "", "not complete", "", "", "", ""],
+    ]
+
+
+def test_claims_and_metrics_are_tables_and_escaped(day):
+    page = report.write(day).read_text()
+    claims, metrics = rows(page, 1), rows(page, 2)
+    assert claims[1] == ["C1", "&lt;i&gt;A&lt;/i&gt; beats B", "holds", "+2.0 [+1.0, +3.0]", "0.0", "9"]
+    assert metrics == [["method", "value", "std"], ["CLIP", "25.7", ""], ["&lt;b&gt;WCA&lt;/b&gt;", "30.0", "0.5"]]
+    assert "2 measurements: paper LGCA, n 300" in page  # what is the same in all rows
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert page.count('<td class="fails">') == 2
+
+
+def test_every_link_of_a_page_exists_where_it_is_committed(day, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", day.parent / "notebooks")
+    paths.NOTEBOOKS.mkdir()
+    (paths.NOTEBOOKS / "01_lgca.ipynb").write_text("{}")
+    (day / "01_lgca-0123456789" / "params.yaml").write_text("")
+    page = report.write(day).read_text()
+    links = re.findall(r'(?:href|src)="([^"]+)"', page)
+    assert "../notebooks/01_lgca.ipynb" in links
+    assert not [link for link in links if link.endswith("notebook.ipynb")]  # git does not keep the executed ones
+    for link in links:
+        assert f'id="{link[1:]}"' in page if link.startswith("#") else (day / link).resolve().exists(), link
+
+
+def test_wide_figures_have_a_row_of_their_own(day):
+    page = report.write(day).read_text()
+    assert re.findall(r"<figure( class=.whole.)?>", page) == ["", ' class="whole"']  # square, wide one
+    assert "<figcaption>wide one</figcaption>" in page
+
+
+def test_pages_that_are_lacking_or_old_are_written_and_others_left(day):
+    root, page = day.parent, day / "index.html"
+    (root / "2026-01-03").mkdir()  # a day on which nothing was finished
+    report.refresh(root)
+    assert page.exists()
+    assert not (root / "2026-01-03" / "index.html").exists()
+    page.write_text(page.read_text() + "<!-- by hand -->")
+    report.refresh(root)
+    assert "by hand" in page.read_text()
+    (day / "01_lgca-0123456789" / "run.json").write_text(json.dumps(FACTS | {"seconds": 99}))  # run again, by force
+    report.refresh(root)
+    assert "by hand" not in page.read_text()
+    assert ">99<" in page.read_text()
+    other = day / "02_lazsl-1"
+    other.mkdir()
+    (other / "run.json").write_text(json.dumps(FACTS))
+    report.refresh(root)
+    assert '<h2 id="02_lazsl-1">' in page.read_text()
