@@ -54,3 +54,6 @@ def test_ledger_says_difference_interval_and_n():
     frame = claims.ledger([claims.check("C1", "a beats b", hits(0.7), hits(0.5, seed=1))])
     assert list(frame.columns) == ["claim", "text", "verdict", "difference", "margin", "n"]
     assert frame.n[0] == "500 images x 3 crop sets"
+    assert claims.ledger([claims.check("C1", "", hits(0.7, sets=5), hits(0.5, sets=1))], unit="seed").n[0] == (
+        "500 images x 5 seeds"
+    )

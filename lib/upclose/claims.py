@@ -93,8 +93,13 @@ def check(name: str, text: str, better: Tensor, worse: Tensor, margin: float = 0
     return Claim(name, text, verdict, difference, low, high, margin, shape[0][1], sets)
 
 
-def ledger(claims: list[Claim]) -> pd.DataFrame:
-    """The claims as a table, one a line, with the interval in words; inside a run also in its `claims.csv`."""
+def ledger(claims: list[Claim], unit: str = "crop set") -> pd.DataFrame:
+    """The claims as a table, one a line, with the interval in words; inside a run also in its `claims.csv`.
+
+    Args:
+        claims: the claims, tested
+        unit: what each image was measured several times over, in the singular
+    """
     frame = pd.DataFrame(
         {
             "claim": [c.name for c in claims],
@@ -102,7 +107,7 @@ def ledger(claims: list[Claim]) -> pd.DataFrame:
             "verdict": [c.verdict for c in claims],
             "difference": [f"{c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}]" for c in claims],
             "margin": [c.margin for c in claims],
-            "n": [f"{c.n} images x {c.sets} crop set{'s' * (c.sets > 1)}" for c in claims],
+            "n": [f"{c.n} images x {c.sets} {unit}{'s' * (c.sets > 1)}" for c in claims],
         }
     )
     if (folder := paths.run_folder()) is not None:

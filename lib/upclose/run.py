@@ -22,12 +22,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import date
 from functools import cache
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ from upclose.params import Job, ParameterError, notebook_cells
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
 LEAST_FREE = 64 * 2**20  # bytes
 KERNEL_START = 600  # seconds that a kernel may take to answer on a busy machine
+GRACE = 10  # seconds that an interrupted run may take to end by itself
 
 
 class Outcome(NamedTuple):
@@ -342,14 +343,22 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, 
     """Each job in a process of its own, `workers` at a time that share the cores, with one bar over all cells."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
+    running: list[multiprocessing.process.BaseProcess] = []
 
     def apart(item: Plan, ticks: Any) -> Outcome:
-        with ProcessPoolExecutor(1, context, _limit_threads, (threads,)) as process:
-            try:
-                return process.submit(_execute, item, day, ticks).result()
-            except BrokenProcessPool:
-                why = f"its process was killed, as when memory is short; see {_partial(item, day)}"
-                return Outcome(item.job, "failed", _partial(item, day), error=why)
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(item, day, ticks, threads, send))
+        process.start()
+        running.append(process)
+        send.close()
+        try:
+            return receive.recv()
+        except EOFError:
+            why = f"its process was killed, as when memory is short; see {_partial(item, day)}"
+            return Outcome(item.job, "failed", _partial(item, day), error=why)
+        finally:
+            process.join()
+            running.remove(process)
 
     with (
         context.Manager() as manager,
@@ -370,15 +379,21 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, 
                     item = waiting.pop(future)
                     bar.set_postfix_str(item.job.name)
                     yield item, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        finally:  # when interrupted, those that do not end by themselves are ended, and their kernels with them
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop = time.monotonic() + GRACE
+            while not all(future.done() for future in waiting):
+                for process in list(running) if time.monotonic() > stop else ():
+                    process.terminate()
+                time.sleep(0.1)
 
 
-def _limit_threads(threads: int) -> None:
-    """What the kernels of this process inherit and `run.json` states, unless the caller has set it."""
+def _child(item: Plan, day: Path, ticks: Any, threads: int, send: Connection) -> None:
+    """Run one notebook whose kernel has so many threads, unless the caller has set them; `run.json` states them."""
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)  # torch was imported before and has read the variable already
+    send.send(_execute(item, day, ticks))
 
 
 def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, Outcome]]:

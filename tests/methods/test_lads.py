@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upclose.methods import lads, probe
 from upclose.seeds import generator
@@ -41,9 +42,8 @@ def test_fit_equals_a_plain_loop_over_seeds_and_images():
                 loss = 0
                 for i in rows.tolist():
                     moved = layers(x[i])
-                    moved = moved / moved.norm()
                     step, wanted = moved - x[i], unseen[y[i]] - label[y[i]]
-                    logits = 7.0 * label @ moved
+                    logits = 7.0 * label @ (moved / moved.norm())
                     loss = loss + 0.3 * (1 - step @ wanted / (step.norm() * wanted.norm()))
                     loss = loss + 0.7 * (logits.exp().sum().log() - logits[y[i]])
                 optimiser.zero_grad()
@@ -56,9 +56,10 @@ def test_alpha_trades_domain_for_class():
     x, y, label, unseen = world(dtype=torch.float32)
     direction = (unseen - label)[y]
     options = dict(epochs=200, learning_rate=3e-3)
-    moved = {a: lads.augment(lads.fit(x, y, label, label, unseen, SEEDS, alpha=a, **options), x) for a in (0.0, 1.0)}
-    assert alignment(x, moved[1.0], direction).mean() > 0.9
-    assert alignment(x, moved[0.0], direction).mean() < 0.5
+    networks = {a: lads.fit(x, y, label, label, unseen, SEEDS, alpha=a, **options) for a in (0.0, 1.0)}
+    assert alignment(x, networks[1.0](x), direction).mean() > 0.9
+    assert alignment(x, networks[0.0](x), direction).mean() < 0.5
+    moved = {a: lads.augment(network, x) for a, network in networks.items()}
     assert ((moved[0.0] @ label.T).argmax(2) == y).float().mean() > 0.99
     assert moved[0.0].shape == (3, 120, 16)
     torch.testing.assert_close(moved[1.0].norm(dim=2), torch.ones(3, 120))
@@ -98,7 +99,15 @@ def spoil(x, index, value):
     [
         (lambda x, y, label, unseen: dict(y=spoil(y, 9, 5)), r"y\[9\] is 5: .* to 4"),
         (lambda x, y, label, unseen: dict(x=spoil(x, (4, 2), torch.nan)), r"x\[4\] is not finite"),
+        (lambda x, y, label, unseen: dict(y=y.int()), r"y is torch.int32 .* int64"),
+        (lambda x, y, label, unseen: dict(label=label[:, :8]), r"label is \(5, 8\): give \(C, D\) with D = 16"),
         (lambda x, y, label, unseen: dict(text_unseen=2 * unseen), r"text_unseen\[0\] has norm 2"),
+        (lambda x, y, label, unseen: dict(text_train=2 * label[0]), r"text_train\[0\] has norm 2"),
+        (lambda x, y, label, unseen: dict(text_train=label[:4]), r"text_train is \(4, 16\): .* C = 5, D = 16"),
+        (lambda x, y, label, unseen: dict(text_unseen=unseen[0, :8]), r"text_unseen is \(5, 8\): .* D = 16"),
+        (lambda x, y, label, unseen: dict(text_train=label[0], text_unseen=label[0]), r"text_train\[0\] equals"),
+        (lambda x, y, label, unseen: dict(epochs=0), "epochs is 0"),
+        (lambda x, y, label, unseen: dict(batch=0), "batch is 0"),
         (lambda x, y, label, unseen: dict(text_unseen=spoil(unseen, 2, label[2])), r"text_train\[2\] equals"),
         (lambda x, y, label, unseen: dict(alpha=-0.1), "alpha is -0.1"),
     ],
@@ -108,3 +117,13 @@ def test_errors_name_the_index(change, message):
     given = {"x": x, "y": y, "label": label, "text_train": label, "text_unseen": unseen}
     with pytest.raises(ValueError, match=message):
         lads.fit(**{**given, **change(x, y, label, unseen)})
+
+
+def test_tensors_stay_on_their_device():
+    with FakeTensorMode():
+        x = torch.empty(6, 16, device="cuda")
+        shapes = ((3, 16, 8), (3, 1, 8), (3, 8, 16), (3, 1, 16))
+        network = probe.Network(*(torch.empty(shape, device="cuda") for shape in shapes))
+        moved = lads.augment(network, x)
+        results = [moved, lads.domain_alignment_loss(x, network(x), torch.empty(6, 16, device="cuda"))]
+        assert all(result.device.type == "cuda" for result in results)

@@ -194,13 +194,26 @@ def test_log_volume():
     product = (small.plus - small.minus).abs().prod(2)
     torch.testing.assert_close(lare.log_volume(small).exp(), product)
     torch.testing.assert_close(lare.log_volume(lare.Boxes(small.plus, small.minus)), lare.log_volume(small))
-    for side in (1e-30, 1e30):  # side^1024 is no float
+    for side in (1e-6, 1e30):  # side^1024 is no float
         wide = lare.Boxes(torch.zeros(1, 1, 1024), torch.full((1, 1, 1024), side))
         assert lare.log_volume(wide).item() == pytest.approx(1024 * math.log(side), rel=1e-5)
     real = random_boxes(2, 3, 1024, dtype=torch.float32)
     assert (real.plus - real.minus).abs().prod(2).eq(0).all()
     assert lare.log_volume(real).isfinite().all()
-    assert lare.log_volume(lare.Boxes(real.minus, real.minus)).eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize(("dtype", "resolution"), [(torch.float32, 2**-23), (torch.float64, 2**-52)])
+def test_a_dimension_in_which_the_corners_agree_has_the_side_of_the_floats_resolution(dtype, resolution):
+    boxes = random_boxes(2, 3, 1024, dtype=dtype)
+    plus = boxes.plus.clone()
+    plus[..., 7] = boxes.minus[..., 7]
+    volume = lare.log_volume(lare.Boxes(boxes.minus, plus))
+    assert volume.isfinite().all()
+    others = torch.arange(1024) != 7
+    rest = lare.log_volume(lare.Boxes(boxes.minus[..., others], plus[..., others]))
+    torch.testing.assert_close(volume - rest, torch.full_like(rest, math.log(resolution)), rtol=1e-4, atol=0)
+    point = lare.log_volume(lare.Boxes(boxes.minus, boxes.minus))
+    torch.testing.assert_close(point, torch.full_like(point, 1024 * math.log(resolution)))
 
 
 def test_noise_is_as_far_from_the_image_as_points_of_the_box():
@@ -252,6 +265,12 @@ def spoil(x, index, value):
         (lambda x, y, label: dict(x=spoil(x, 6, 2 * x[6])), r"x\[6\] has norm 2, not 1"),
         (lambda x, y, label: dict(x=spoil(x, 6, 0 * x[6])), r"x\[6\] has norm 0, not 1"),
         (lambda x, y, label: dict(label=spoil(label, 3, 2 * label[3])), r"label\[3\] has norm 2, not 1"),
+        (lambda x, y, label: dict(y=y.int()), r"y is torch.int32 .* int64"),
+        (lambda x, y, label: dict(y=y > 2), r"y is torch.bool .* int64"),
+        (lambda x, y, label: dict(x=x[0]), r"x is \(16,\): give \(N, D\)"),
+        (lambda x, y, label: dict(label=label[:, :8]), r"label is \(5, 8\): give \(C, D\) with D = 16"),
+        (lambda x, y, label: dict(epochs=0), "epochs is 0"),
+        (lambda x, y, label: dict(batch=0), "batch is 0"),
         (lambda x, y, label: dict(alpha=1.5), "alpha is 1.5"),
         (lambda x, y, label: dict(alpha=math.nan), "alpha is nan"),
         (lambda x, y, label: dict(seeds=[2, 2]), r"seeds are \[2, 2\]"),
@@ -263,6 +282,12 @@ def test_errors_name_the_index(change, message):
         lare.fit_boxes(**{"x": x, "y": y, "label": label, "alpha": 0.5, "seeds": [0], **change(x, y, label)})
 
 
+def test_mixup_refuses_a_class_out_of_range():
+    x, y, _ = world(50)
+    with pytest.raises(ValueError, match=r"y\[4\] is 4: .* to 3"):
+        lare.mixup(x, y, 2, 4, [generator(0)])
+
+
 def test_tensors_stay_on_their_device():
     with FakeTensorMode():
         x, label = torch.empty(6, 16, device="cuda"), torch.empty(5, 16, device="cuda")
@@ -270,11 +295,12 @@ def test_tensors_stay_on_their_device():
         network = probe.Network(*(torch.empty(shape, device="cuda") for shape in shapes))
         boxes = lare.f_box(network, x)
         y = torch.empty(3, 6, dtype=torch.int64, device="cuda")
+        generators = [torch.Generator() for _ in range(3)]  # of the CPU: the same points on every device
         results = [
             *boxes,
             lare.objective(lare.losses(boxes, label, y), 0.5),
             lare.log_volume(boxes),
-            probe.take(x, y),
-            probe.take(boxes.minus, y),
+            lare.sample(boxes, 4, generators),
+            lare.noise(x, boxes, 4, generators),
         ]
         assert all(result.device.type == "cuda" for result in results)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upclose.methods import probe
 from upclose.seeds import generator
@@ -9,11 +10,10 @@ SEEDS = (3, 1, 7)
 
 
 def world(n=120, d=16, classes=5, dtype=torch.float64, seed=0):
-    """Unit embeddings around one centre a class."""
-    g = generator(seed, "world")
-    centre = torch.randn(classes, d, generator=g, dtype=dtype)
+    """Unit embeddings around one centre a class; another seed has other images of the same classes."""
+    centre = torch.randn(classes, d, generator=generator(0, "centre"), dtype=dtype)
     y = torch.arange(n) % classes
-    return F.normalize(centre[y] + 1.5 * torch.randn(n, d, generator=g, dtype=dtype), dim=1), y
+    return F.normalize(centre[y] + 1.5 * torch.randn(n, d, generator=generator(seed, "world"), dtype=dtype), dim=1), y
 
 
 def plain_fit(x, y, x_val, y_val, seed, epochs, batch, learning_rate, weight_decay):
@@ -67,7 +67,7 @@ def test_seeds_together_equal_seeds_alone_with_samples_of_their_own():
 
 def test_final_accuracies_together_and_alone_in_float32():
     x, y = world(600, dtype=torch.float32)
-    x_test, y_test = world(1000, seed=0, dtype=torch.float32)
+    x_test, y_test = world(1000, seed=1, dtype=torch.float32)
     together = probe.predict(probe.fit(x, y, x[:200], y[:200], SEEDS, epochs=20), x_test)
     for s, seed in enumerate(SEEDS):
         alone = probe.predict(probe.fit(x, y, x[:200], y[:200], [seed], epochs=20), x_test)[0]
@@ -81,6 +81,7 @@ def test_the_best_epoch_is_the_one_that_is_returned():
     fitted = probe.fit(x, y, x_val, y_val, SEEDS, epochs=15, learning_rate=0.3)
     right = (probe.predict(fitted, x_val) == y_val).float().mean(1)
     torch.testing.assert_close(fitted.accuracy, right)
+    assert right.min() > 0.5
     for s, seed in enumerate(SEEDS):
         stopped = probe.fit(x, y, x_val, y_val, [seed], epochs=int(fitted.epoch[s]) + 1, learning_rate=0.3)
         assert stopped.epoch[0] == fitted.epoch[s]
@@ -138,6 +139,11 @@ def spoil(x, index, value):
     return x
 
 
+def uniform(n, classes):
+    """Targets (50, n, C)."""
+    return torch.full((50, n, classes), 1 / classes, dtype=torch.float64)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -148,8 +154,19 @@ def spoil(x, index, value):
         (lambda x, y: dict(x_val=spoil(x, (5, 0), torch.inf)), r"x_val\[5\] is not finite"),
         (lambda x, y: dict(x=spoil(x, 6, 2 * x[6])), r"x\[6\] has norm 2, not 1"),
         (lambda x, y: dict(sample=spoil(x[:, None], (8, 0, 1), torch.nan)), r"sample\[8, 0\] is not finite"),
-        (lambda x, y: dict(sample=x), r"sample is \(50, 16\)"),
+        (lambda x, y: dict(x=x[0]), r"x is \(16,\): give \(N, D\)"),
+        (lambda x, y: dict(x_val=x[:, :8]), r"x_val is \(50, 8\): give \(V, D\) with D = 16"),
+        (lambda x, y: dict(sample=x), r"sample is \(50, 16\): give \(N, n, D\)"),
+        (lambda x, y: dict(sample=x[None, :, None].expand(3, -1, 2, -1)), r"sample is \(3, .* S = 1, N = 50, D = 16"),
         (lambda x, y: dict(sample=x[:, None], target=y), r"target is \(50,\)"),
+        (lambda x, y: dict(sample=x[:, None], target=uniform(2, 5)), r"target is \(50, 2, 5\): .* n = 1, C = 5"),
+        (lambda x, y: dict(sample=x[:, None], target=spoil(uniform(1, 5), (8, 0, 1), torch.nan)), r"target\[8, 0\]"),
+        (lambda x, y: dict(sample=x[:, None], target=2 * uniform(1, 5)), r"target\[0, 0\] is no distribution"),
+        (lambda x, y: dict(sample=x[:, None], target=spoil(uniform(1, 5), (3, 0, 1), -0.2)), r"target\[3, 0\]"),
+        (lambda x, y: dict(y=y.int()), r"y is torch.int32 .* int64"),
+        (lambda x, y: dict(y_val=y > 2), r"y_val is torch.bool .* int64"),
+        (lambda x, y: dict(epochs=0), "epochs is 0"),
+        (lambda x, y: dict(batch=0), "batch is 0"),
         (lambda x, y: dict(y=y[:3]), r"y is .* for 50 embeddings"),
         (lambda x, y: dict(y=y.double()), r"y is torch.float64"),
         (lambda x, y: dict(x=x[:0], y=y[:0]), "for 0 embeddings"),
@@ -160,9 +177,25 @@ def spoil(x, index, value):
 def test_errors_name_the_index(change, message):
     x, y = world(50)
     with pytest.raises(ValueError, match=message):
-        probe.fit(**{"x": x, "y": y, "x_val": x, "y_val": y, **change(x, y)})
+        probe.fit(**{"x": x, "y": y, "x_val": x, "y_val": y, "seeds": [0], **change(x, y)})
 
 
 def test_norms_of_half_precision_storage_pass():
     x, y = world(50, dtype=torch.float32)
     assert probe.fit(x.half(), y, x.half(), y, [0], epochs=1).weight.dtype == torch.float32
+
+
+def test_tensors_stay_on_their_device():
+    with FakeTensorMode():
+        x, y = torch.empty(3, 6, 16, device="cuda"), torch.empty(3, 6, dtype=torch.int64, device="cuda")
+        weight, bias = torch.empty(3, 16, 5, device="cuda"), torch.empty(3, 1, 5, device="cuda")
+        fitted = probe.Probe(weight, bias, y[:, 0], y[:, 0])
+        rows = probe.take(x, y)
+        results = [
+            rows,
+            probe.take(x[0], y),
+            probe.predict(fitted, x[0]),
+            probe.cross_entropy(probe.scores(fitted, rows), y),
+            *probe.linear([0, 1, 2], 16, 5, "probe", like=x),
+        ]
+        assert all(result.device.type == "cuda" for result in results)

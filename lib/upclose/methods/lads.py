@@ -60,24 +60,32 @@ def fit(
         f_aug of every seed; `augment` applies it. One network an unseen domain: call again for the next domain.
 
     Raises:
-        ValueError: an embedding is not finite or not of unit norm, a class is out of range (each names the index),
-            both domains' texts of a class are equal, alpha is outside [0, 1], or seeds repeat
+        ValueError: an embedding is not finite or not of unit norm, a class is out of range, both domains' texts of a
+            class are equal (each names the index), shapes do not fit, alpha is outside [0, 1], seeds repeat, or there
+            are no epochs or no rows in a minibatch
 
     Source:
         LADS, section 3: L = alpha L_DA + (1 - alpha) L_CC.
 
     Deviates:
-        alpha is 0.5, the released default.
-        100 epochs and batch 512 as for LARE's network, so that the two differ in their losses only; hidden units,
-        learning rate and decay as in `upclose.methods.lare`. `scale` is CLIP's 100, since L_CC is described as CLIP's
-        zero-shot classification.
+        The released program (github.com/lisadunlap/LADS) has
+        - no scale in L_CC, whose logits are plain cosines, and weights its classes by how rare they are. Here `scale`
+          is CLIP's 100, since the paper describes L_CC as CLIP's zero-shot classification, and classes weigh alike;
+        - the epoch whose loss on the validation images is smallest; here the last one is kept;
+        - 200 epochs and batch 256 for CUB; here 100 and 512 as for LARE's network, so that the two differ in their
+          losses only.
+        As there: alpha 0.5, the learning rate 1e-3 and decay 0.05 of CUB, D / 2 hidden units for D = 768, f(x) as it
+        is in L_DA and normalised in L_CC and in what is added to the training set.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: it weighs domain alignment against class consistency, from 0 to 1")
+    x = probe.check_embeddings(x, "x")
+    label = probe.check_embeddings(label, "label", C=None, D=x.shape[1]).to(x.dtype)
     probe.check_labels(y, len(label), "y", len(x))
-    x, label = probe.check_embeddings(x, "x"), probe.check_embeddings(label, "label").to(x.dtype)
     text_train, text_unseen = (
-        probe.check_embeddings(text, name).to(x.dtype).expand_as(label)
+        probe.check_embeddings(
+            text.expand(len(label), -1) if text.ndim == 1 else text, name, C=len(label), D=x.shape[1]
+        ).to(x.dtype)
         for text, name in ((text_train, "text_train"), (text_unseen, "text_unseen"))
     )
     equal = (text_train == text_unseen).all(1)
@@ -89,8 +97,8 @@ def fit(
 
     def objective(index: Tensor) -> Tensor:
         rows, classes = probe.take(x, index), y[index]
-        moved = augment(network, rows)
-        consistency = probe.cross_entropy(scale * moved @ label.T, classes)
+        moved = network(rows)
+        consistency = probe.cross_entropy(scale * F.normalize(moved, dim=2) @ label.T, classes)
         return alpha * domain_alignment_loss(rows, moved, probe.take(direction, classes)) + (1 - alpha) * consistency
 
     for _ in probe.train(network, objective, len(x), seeds, epochs, batch, learning_rate, weight_decay):
@@ -104,5 +112,5 @@ def augment(network: Network, x: Tensor) -> Tensor:
 
 
 def domain_alignment_loss(x: Tensor, moved: Tensor, direction: Tensor) -> Tensor:
-    """L_DA: the sum over images of 1 - cos(f(x) - x, t_unseen - t_train), all (..., D)."""
+    """L_DA: the sum over images of 1 - cos(f(x) - x, t_unseen - t_train), all (..., D); f(x) is not normalised."""
     return (1 - F.cosine_similarity(moved - x, direction, dim=-1)).sum()

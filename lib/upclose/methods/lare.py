@@ -70,14 +70,59 @@ class Mixed(NamedTuple):
 
 
 def fit_boxes(
-    x: Tensor, y: Tensor, label: Tensor, alpha: float = 0.9, seeds: Sequence[int] = probe.SEEDS, **options: float
+    x: Tensor,
+    y: Tensor,
+    label: Tensor,
+    alpha: float = 0.9,
+    seeds: Sequence[int] = probe.SEEDS,
+    *,
+    epochs: int = 100,
+    batch: int = 512,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.05,
+    hidden: int | None = None,
+    scale: float = 1.0,
 ) -> Boxes:
-    """The boxes of the training images themselves: `fit_network`, then `f_box` on `x`; its arguments are the former's.
+    """Stage 1: the boxes of the training images themselves, for all seeds at once.
+
+    Args:
+        x: (N, D) unit norm
+        y: (N,) int64 in [0, C); a class may have no image
+        label: (C, D) unit norm
+        alpha: in [0, 1]: 0 only enlarges the boxes, 1 only keeps their classes
+        seeds: S different integers
+        epochs: passes over the images
+        batch: images a step
+        learning_rate: of AdamW
+        weight_decay: of AdamW
+        hidden: units between f_Box's layers, None = D / 2
+        scale: multiplies the cosines before the softmax of eqs. 4-6
 
     Returns:
-        (S, N, D) each: 8 S N D bytes in float32.
+        Corners (S, N, D), 8 S N D bytes in float32.
+
+    Raises:
+        ValueError: as `fit_network`, whose f_Box gives them; its `Deviates` says what the paper leaves open
+
+    Source:
+        LARE, section 3.1, eqs. 1-7; section 4.1.
     """
-    return f_box(fit_network(x, y, label, alpha, seeds, **options), x)
+    return f_box(
+        fit_network(
+            x,
+            y,
+            label,
+            alpha,
+            seeds,
+            epochs=epochs,
+            batch=batch,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            hidden=hidden,
+            scale=scale,
+        ),
+        x,
+    )
 
 
 def fit_network(
@@ -114,7 +159,7 @@ def fit_network(
 
     Raises:
         ValueError: an embedding is not finite or not of unit norm, a class is out of range (each names the index),
-            alpha is outside [0, 1], or seeds repeat
+            shapes do not fit, alpha is outside [0, 1], seeds repeat, or there are no epochs or no rows in a minibatch
 
     Source:
         LARE, section 3.1, eqs. 1-7; section 4.1: AdamW, batch 512, 100 epochs.
@@ -134,9 +179,9 @@ def fit_network(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: it weighs class consistency against volume, from 0 to 1")
+    x = probe.check_embeddings(x, "x")
+    label = probe.check_embeddings(label, "label", C=None, D=x.shape[1]).to(x.dtype)
     probe.check_labels(y, len(label), "y", len(x))
-    x, label = probe.check_embeddings(x, "x"), probe.check_embeddings(label, "label")
-    label = label.to(x.dtype)
     network = probe.network(seeds, x.shape[1], 2 * x.shape[1], hidden, "lare", like=x)
 
     def loss(index: Tensor) -> Tensor:
@@ -202,12 +247,20 @@ def sample(boxes: Boxes, n: int, generator: torch.Generator | Sequence[torch.Gen
 
 
 def log_volume(boxes: Boxes) -> Tensor:
-    """(S, N): the natural logarithm of the product of the side lengths; -inf for a box without a side.
+    """(S, N): the natural logarithm of the product of the side lengths.
+
+    A side shorter than the resolution of the corners' numbers (`torch.finfo(dtype).eps`, 1.2e-7 in float32) is counted
+    as that: two corners may agree in a dimension by rounding alone, and the box would have no volume for it.
 
     Source:
-        LARE, section 4.3, table 4. In logarithms since 0.1^1024 is 0 in any float.
+        LARE, section 4.3, table 4.
+
+    Deviates:
+        In logarithms, since 0.1^1024 is 0 in any float. Table 4 averages volumes over the images of a class; the mean
+        of these is that of log-volumes, in which no single large box outweighs all others.
     """
-    return (boxes.plus - boxes.minus).abs().log().sum(-1)
+    side = (boxes.plus - boxes.minus).abs()
+    return side.clamp_min(torch.finfo(side.dtype).eps).log().sum(-1)
 
 
 def noise(x: Tensor, boxes: Boxes, n: int, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
@@ -232,18 +285,22 @@ def noise(x: Tensor, boxes: Boxes, n: int, generator: torch.Generator | Sequence
 
 
 def mixup(x: Tensor, y: Tensor, n: int, classes: int, generator: Sequence[torch.Generator]) -> Mixed:
-    """The control without a network: convex mixtures of an image with n random others, and of their classes.
+    """The control without a network: convex mixtures of an image with n random ones, and of their classes.
 
     Args:
         x: (N, D)
         y: (N,) int64 in [0, classes)
-        n: mixtures an image
+        n: mixtures an image, each with an image drawn from all N, itself among them
         classes: C
         generator: S of them, one a seed
+
+    Raises:
+        ValueError: a class is out of range (names the index)
 
     Source:
         Zhang et al., mixup: Beyond Empirical Risk Minimization, with weights Beta(1, 1), which is uniform.
     """
+    probe.check_labels(y, classes, "y", len(x))
     shape = (len(generator), len(x), n)
     own = _draw(torch.rand, shape, generator, x)[..., None]
     other = (_draw(torch.rand, shape, generator, x.double()) * len(x)).long()

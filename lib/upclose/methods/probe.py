@@ -99,11 +99,12 @@ def fit(
         x_val: (V, D) unit norm
         y_val: (V,) int64 in [0, classes)
         seeds: S different integers
-        sample: (S, N, n, D) or (N, n, D), n augmented embeddings an image that are added to the originals, of any norm
+        sample: (S, N, n, D) or (N, n, D), n augmented embeddings an image that are added to the originals, of any norm;
+            originals and samples of all seeds become one table, S N (n + 1) D more floats
         target: (S, N, n, C) or (N, n, C), class probabilities of `sample`; without them, the class of its image
         classes: C; without it, the largest class of `y` and `y_val`, plus 1. A class may have no image
         epochs: passes over originals and samples
-        batch: minibatch size, counted in originals and samples
+        batch: minibatch size, counted in originals and samples; few rows make few steps an epoch
         learning_rate: of AdamW
         weight_decay: of AdamW
 
@@ -111,8 +112,8 @@ def fit(
         The probes. Of epochs with equal validation accuracy the first is kept.
 
     Raises:
-        ValueError: an embedding is not finite or not of unit norm, a class is out of range (each names the index),
-            shapes do not fit, or seeds repeat
+        ValueError: an embedding is not finite or not of unit norm, a class is out of range, a target is no distribution
+            (each names the index), shapes do not fit, seeds repeat, or there are no epochs or no rows in a minibatch
 
     Source:
         LARE, section 3.2 and 4.1: linear probing, AdamW, batch 512, the epoch that is best on the validation data.
@@ -122,10 +123,11 @@ def fit(
         not given: 1e-2, LADS' released 0.05, 100 and U(-1/sqrt(D), 1/sqrt(D)). Nor is the validation split: the caller
         gives it, and it must hold images of the training domain only.
     """
+    x = check_embeddings(x, "x")
+    x_val = check_embeddings(x_val, "x_val", V=None, D=x.shape[1])
     check_labels(y, classes, "y", len(x))
     check_labels(y_val, classes, "y_val", len(x_val))
     classes = classes or int(torch.maximum(y.max(), y_val.max())) + 1
-    x, x_val = check_embeddings(x, "x"), check_embeddings(x_val, "x_val")
     rows, answers = _with_samples(x, y, sample, target, len(seeds), classes)
     weight, bias = linear(seeds, x.shape[1], classes, "probe", like=x)
 
@@ -198,7 +200,12 @@ def train(
         batch: rows a step; the last step of an epoch has what remains
         learning_rate: of AdamW
         weight_decay: of AdamW
+
+    Raises:
+        ValueError: there are no epochs, or no rows in a minibatch
     """
+    if min(epochs, batch) < 1:
+        raise ValueError(f"epochs is {epochs}, batch is {batch}: give one or more of each")
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     streams = [generator(seed, "order") for seed in seeds]
     device = parameters[0].device
@@ -247,8 +254,19 @@ def cross_entropy(logits: Tensor, answer: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), answer.flatten(0, 1), reduction="sum")
 
 
-def check_embeddings(x: Tensor, name: str, unit: bool = True) -> Tensor:
-    """`x` (..., D) as float32, or float64 where it was; raises with the first index that is not finite or not unit."""
+def check_shape(x: Tensor, name: str, **axes: int | None) -> None:
+    """Raises unless `x` has these axes, each of its length, or of any where it is None: `check_shape(y, "y", N=50)`."""
+    if x.ndim != len(axes) or any(want not in (None, have) for have, want in zip(x.shape, axes.values())):
+        known = ", ".join(f"{axis} = {length}" for axis, length in axes.items() if length is not None)
+        raise ValueError(f"{name} is {tuple(x.shape)}: give ({', '.join(axes)}){known and ' with ' + known}")
+
+
+def check_embeddings(x: Tensor, name: str, unit: bool = True, **axes: int | None) -> Tensor:
+    """`x` as float32, or float64 where it was; raises with the first index that is not finite or not of unit norm.
+
+    `axes` as in `check_shape`; without them (N, D).
+    """
+    check_shape(x, name, **(axes or {"N": None, "D": None}))
     x = x if x.dtype == torch.float64 else x.float()
     norm = torch.linalg.vector_norm(x, dim=-1)
     for bad, what in [
@@ -257,14 +275,14 @@ def check_embeddings(x: Tensor, name: str, unit: bool = True) -> Tensor:
     ]:
         if bad.any():
             index = bad.nonzero()[0].tolist()
-            raise ValueError(f"{name}[{', '.join(map(str, index))}] " + what.format(norm[tuple(index)].item()))
+            raise ValueError(f"{name}{index} " + what.format(norm[tuple(index)].item()))
     return x
 
 
 def check_labels(y: Tensor, classes: int | None, name: str, n: int) -> None:
-    """Raises unless `y` is (n,) integers in [0, classes), n >= 1; names the first index that is not."""
-    if y.shape != (n,) or n == 0 or y.is_floating_point():
-        raise ValueError(f"{name} is {y.dtype} {tuple(y.shape)} for {n} embeddings: give one integer class to each")
+    """Raises unless `y` is (n,) int64 in [0, classes), n >= 1; names the first index that is not."""
+    if y.shape != (n,) or n == 0 or y.dtype != torch.int64:
+        raise ValueError(f"{name} is {y.dtype} {tuple(y.shape)} for {n} embeddings: give one int64 class to each")
     bad = (y < 0) if classes is None else (y < 0) | (y >= classes)
     if bad.any():
         index = int(bad.nonzero()[0])
@@ -278,14 +296,17 @@ def _with_samples(
     """Originals and samples as one table: (N, D), (N,), or (S, N + N n, D) with (N + N n,) or (S, N + N n, C)."""
     if sample is None:
         return x, y
+    axes = {"S": n_seeds} if sample.ndim == 4 else {}
+    axes |= {"N": len(x), "n": None}
+    sample = check_embeddings(sample, "sample", unit=False, **axes, D=x.shape[1]).to(x.dtype)
     n = sample.shape[-2]
-    if sample.shape[-3:] != (len(x), n, x.shape[1]) or sample.shape[:-3] not in [(), (n_seeds,)]:
-        raise ValueError(f"sample is {tuple(sample.shape)}: give ({n_seeds}, {len(x)}, n, {x.shape[1]}), seeds first")
-    sample = check_embeddings(sample, "sample", unit=False).to(x.dtype)
     rows = torch.cat([x[:, None].expand(n_seeds, -1, -1, -1), sample.expand(n_seeds, -1, -1, -1)], 2).flatten(1, 2)
     if target is None:
         return rows, y.repeat_interleave(n + 1)
-    if target.shape != (*sample.shape[:-1], classes):
-        raise ValueError(f"target is {tuple(target.shape)}: give {(*sample.shape[:-1], classes)}, as sample")
+    check_shape(target, "target", **axes | {"n": n}, C=classes)
+    bad = ~((target >= 0).all(-1) & ((target.sum(-1) - 1).abs() < NORM_TOLERANCE))
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        raise ValueError(f"target{index} is no distribution over classes: probabilities are >= 0 and sum to 1")
     hard = F.one_hot(y, classes).to(x.dtype)[:, None].expand(n_seeds, -1, -1, -1)
     return rows, torch.cat([hard, target.to(x.dtype).expand(n_seeds, -1, -1, -1)], 2).flatten(1, 2)
