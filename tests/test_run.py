@@ -312,7 +312,8 @@ def test_interrupted_runs_are_not_complete_and_the_next_call_goes_on(lab, tmp_pa
     body = "import time, pathlib\nif images == 2 and not pathlib.Path(r'%s').exists():\n    time.sleep(600)\n"
     file = lab(body % (tmp_path / "go"), "notebook: small\ngrid: {images: [1, 2]}\n")
     code = (
-        "import sys, pathlib; from upclose import paths, cli; "
+        "import signal, sys, pathlib; from upclose import paths, cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs inherit it ignored
         f"paths.NOTEBOOKS = pathlib.Path(r'{tmp_path / 'notebooks'}'); sys.exit(cli.main(['run', r'{file}']))"
     )
     started = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
