@@ -79,12 +79,12 @@ def log_domain_only(monkeypatch):
 
 def test_kernel_and_log_domain_agree(monkeypatch):
     problem = massless(*problems())
-    fast, rounds = transport.sinkhorn(*problem, 0.1, tolerance=1e-8)
+    fast, rounds = transport.sinkhorn(*problem, 0.1, tolerance=1e-11)
     log_domain_only(monkeypatch)
-    slow, same = transport.sinkhorn(*problem, 0.1, tolerance=1e-8)
+    slow, same = transport.sinkhorn(*problem, 0.1, tolerance=1e-11)
     torch.testing.assert_close(fast, slow, atol=1e-10, rtol=0)
     assert not torch.equal(fast, slow)  # two ways of reckoning
-    assert rounds == same
+    assert abs(rounds - same) <= 1  # they look at the error half a round apart
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -96,15 +96,16 @@ def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
 def _solve_plain(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
     """Rounds on the plan itself, which starts as the kernel: scale its rows to their mass, then its columns."""
     row, column = row[..., None], column[..., None, :]
-    plan, active, iteration = _scaled(logit.exp_(), column), _everyone(logit), 0
-    while iteration < max_iter and _running(active):
-        iteration += 1
-        plan = _scaled(plan, torch.where(active, _over(row, plan.sum(-1, keepdim=True)), 1))  # u
-        mass = plan.sum(-2, keepdim=True)
-        error = (mass - column).detach().abs().sum(-1, keepdim=True)
-        plan = _scaled(plan, torch.where(active, _over(column, mass), 1))  # v
-        active = active & (error >= tolerance)
-    return plan, iteration
+    plan, active = _scaled(logit.exp_(), column), _everyone(logit)
+    for iteration in range(max_iter):
+        mass = plan.sum(-1, keepdim=True)  # (..., N, 1)
+        if iteration:  # the columns are right after a round, so that the rows have all of the error
+            active = active & ((mass - row).detach().abs().sum(-2, keepdim=True) >= tolerance)
+        if not _running(active):
+            return plan, iteration
+        plan = _scaled(plan, torch.where(active, _over(row, mass), 1))  # u
+        plan = _scaled(plan, torch.where(active, _over(column, plan.sum(-2, keepdim=True)), 1))  # v
+    return plan, max_iter
 
 
 def _scaled(plan: Tensor, factor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from upclose import features, transport
 from upclose.features import Text, Views
 
 # Crop-attribute pairs solved at once, at most about 30 bytes each.
-PAIRS = {"cpu": 1 << 23, "device": 1 << 25}
+PAIRS = {"cpu": 1 << 22, "device": 1 << 25}
 
 
 def scores(
