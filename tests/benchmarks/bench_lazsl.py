@@ -1,8 +1,8 @@
 """LaZSL on 200 classes of 3 to 9 attributes, 90 crops, D = 512, against a loop over images and classes.
 
 The loop solves one image and one class at a time and stops when u moves by less than 1e-2 on average, as the authors'
-program does. What limits the ratio: the matrix product of crops and attributes takes a third of our time, the passes
-over the kernels (exponential, three rounds, plan) the rest.
+program does. What limits the ratio: the matrix product of crops and attributes takes about half of our time, the
+passes over the plans (exponential, two rounds and the look that ends them, score) and their calls the rest.
 """
 
 from __future__ import annotations
