@@ -15,6 +15,7 @@ import numpy as np
 import ot
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 # Kernel entries stay above exp(-SAFE), so that products of two of them and of their inverses are ordinary numbers.
 SAFE = {torch.float32: 40.0, torch.float64: 300.0}
@@ -57,14 +58,90 @@ def sinkhorn(
     Raises:
         ValueError: shapes that do not fit, values that are not finite or negative, marginals that do not sum to one
     """
-    row, column = _marginals(cost, row, column, epsilon, max_iter)
-    if not cost.numel():
-        return torch.zeros_like(cost), 0
-    tolerance = TOLERANCE[cost.dtype] if tolerance is None else tolerance
-    bound = _largest(cost) if bound is None else bound
-    plain = math.isinf(epsilon) or bound / epsilon <= SAFE[cost.dtype]
-    solve = _solve_plain if plain else _solve_log
-    return solve(cost * (-1 / epsilon), row, column, max_iter, tolerance)
+    row, column = _marginals(cost, row, column)
+    return _solve(_Rectangles(), cost, row[..., None], column[..., None, :], epsilon, max_iter, tolerance, bound)
+
+
+class Ragged:
+    """L columns that belong to C classes, class after class: problems of different widths without padding.
+
+    Tensors hold the columns first and whatever else last, so that a class is a block of memory.
+
+    Args:
+        owner: (L,) int64, non-decreasing, the class of each column
+        classes: C; each of them has at least one column
+
+    Raises:
+        ValueError: on the CPU, an owner that is not as described
+    """
+
+    rows = -1
+
+    def __init__(self, owner: Tensor, classes: int) -> None:
+        self.owner, self._column = owner, torch.arange(len(owner), device=owner.device)
+        bounds = torch.searchsorted(owner, torch.arange(classes + 1, device=owner.device))
+        self._start, self.count = bounds[:-1], bounds.diff()  # (C,)
+        if owner.device.type == "cpu":
+            if (owner[1:] < owner[:-1]).any() or bounds[0] > 0 or bounds[-1] < len(owner):
+                raise ValueError(f"owner must be non-decreasing from 0 to {classes - 1}")
+            if not self.count.all():
+                raise ValueError(f"class {int(self.count.argmin())} of {classes} has no column: give it at least one")
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sums over each class: (L, ...) -> (C, ...)."""
+        return self._bags(x, "sum")
+
+    def amax(self, x: Tensor) -> Tensor:
+        """The largest of each class: (L, ...) -> (C, ...), without gradients."""
+        return self._bags(x.detach(), "max")
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What each class has, for every column of it: (C, ...) -> (L, ...)."""
+        return x.index_select(0, self.owner)
+
+    def problems(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of a number for every problem of plans (L, B, N)."""
+        return (len(self.count), x.shape[1], 1)
+
+    def _bags(self, x: Tensor, mode: str) -> Tensor:
+        return embedding_bag(self._column, x.flatten(1), self._start, mode=mode).view(-1, *x.shape[1:])
+
+
+def sinkhorn_ragged(
+    cost: Tensor,
+    row: Tensor,
+    columns: Ragged,
+    epsilon: float,
+    max_iter: int = 1000,
+    tolerance: float | None = None,
+    bound: float | None = None,
+) -> tuple[Tensor, int]:
+    """`sinkhorn` between the rows of B images and the columns of C classes, B x C problems in one batch.
+
+    Problem (b, c) has the rows of image b and the columns of class c, which share the mass of 1 evenly.
+
+    Args:
+        cost: (L, B, N) float32 or float64, at least 0
+        row: (B, N) marginals, at least 0 with sum 1
+        columns: L columns of C classes
+        epsilon: as in `sinkhorn`
+        max_iter: as in `sinkhorn`
+        tolerance: as in `sinkhorn`
+        bound: as in `sinkhorn`
+
+    Returns:
+        plan: (L, B, N); problem (b, c) has plan[columns.owner == c, b].T
+        iterations: rounds run, the most that any problem of the batch needed
+
+    Raises:
+        ValueError: as `sinkhorn`
+    """
+    _check_cost(cost, 0, 2)
+    if len(cost) != len(columns.owner):
+        raise ValueError(f"cost has shape {tuple(cost.shape)}, but there are {len(columns.owner)} columns")
+    row = _marginal("row", row, cost, cost.shape[1:])
+    share = 1 / columns.spread(columns.count).to(cost)
+    return _solve(columns, cost, row, share[:, None, None], epsilon, max_iter, tolerance, bound)
 
 
 def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -82,7 +159,7 @@ def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
         ValueError: as `sinkhorn`
     """
     problem = cost.detach().cpu()
-    row, column = (x.double() for x in _marginals(problem, row.detach().cpu(), column.detach().cpu(), 1.0, 1))
+    row, column = (x.double() for x in _marginals(problem, row.detach().cpu(), column.detach().cpu()))
     if not cost.numel():
         return torch.zeros_like(cost)
     _largest(problem)
@@ -93,18 +170,73 @@ def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(plan)).reshape(cost.shape).to(cost)
 
 
-def _solve_plain(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
-    """Rounds on the plan itself, which starts as the kernel: scale its rows to their mass, then its columns."""
-    row, column = row[..., None], column[..., None, :]
-    plan, active = _scaled(logit.exp_(), column), _everyone(logit)
+class _Rectangles:
+    """Problems (..., N, M), in the terms of `Ragged`: columns last, row sums (..., N, 1), one number (..., 1, 1)."""
+
+    rows = -2
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True)
+
+    def amax(self, x: Tensor) -> Tensor:
+        return x.detach().amax(-1, keepdim=True)
+
+    def spread(self, x: Tensor) -> Tensor:
+        return x
+
+    def problems(self, x: Tensor) -> tuple[int, ...]:
+        return (*x.shape[:-2], 1, 1)
+
+
+def _solve(
+    layout: _Rectangles | Ragged,
+    cost: Tensor,
+    row: Tensor,
+    column: Tensor,
+    epsilon: float,
+    max_iter: int,
+    tolerance: float | None,
+    bound: float | None,
+) -> tuple[Tensor, int]:
+    """Choose the domain, once the marginals are known to be sound; `row` and `column` fit the layout's plans."""
+    if not epsilon > 0:
+        raise ValueError(f"epsilon is {epsilon}: give a positive number; `exact` solves the problem without entropy")
+    if max_iter < 1:
+        raise ValueError(f"max_iter is {max_iter}: give at least 1")
+    if not cost.numel():
+        return torch.zeros_like(cost), 0
+    tolerance = TOLERANCE[cost.dtype] if tolerance is None else tolerance
+    bound = _largest(cost) if bound is None else bound
+    plain = math.isinf(epsilon) or bound / epsilon <= SAFE[cost.dtype]
+    solve = _solve_plain if plain else _solve_log
+    return solve(layout, cost, row, column, -1 / epsilon, max_iter, tolerance)
+
+
+def _solve_plain(
+    layout: _Rectangles | Ragged,
+    cost: Tensor,
+    row: Tensor,
+    column: Tensor,
+    slope: float,
+    max_iter: int,
+    tolerance: float,
+) -> tuple[Tensor, int]:
+    """Rounds on the plan itself, which starts as K diag(b): scale its rows to their mass, then its columns."""
+    plan, active = torch.add(_log(column), cost, alpha=slope).exp_(), None
     for iteration in range(max_iter):
-        mass = plan.sum(-1, keepdim=True)  # (..., N, 1)
+        mass = layout.sum(plan)
         if iteration:  # the columns are right after a round, so that the rows have all of the error
-            active = active & ((mass - row).detach().abs().sum(-2, keepdim=True) >= tolerance)
-        if not _running(active):
-            return plan, iteration
-        plan = _scaled(plan, torch.where(active, _over(row, mass), 1))  # u
-        plan = _scaled(plan, torch.where(active, _over(column, plan.sum(-2, keepdim=True)), 1))  # v
+            wrong = (mass - row).detach().abs_().sum(layout.rows, keepdim=True) >= tolerance
+            active = wrong if active is None else wrong & active
+            if cost.device.type == "cpu":
+                left = int(active.sum())
+                if left == 0:
+                    return plan, iteration
+                active = None if left == active.numel() else active
+        u = _over(row, mass) if active is None else torch.where(active, _over(row, mass), 1)
+        plan = _scaled(plan, layout.spread(u))
+        v = _over(column, plan.sum(layout.rows, keepdim=True))
+        plan = _scaled(plan, v if active is None else torch.where(layout.spread(active), v, 1))
     return plan, max_iter
 
 
@@ -118,24 +250,40 @@ def _over(mass: Tensor, found: Tensor) -> Tensor:
     return mass / found.clamp_min(torch.finfo(found.dtype).tiny)
 
 
-def _solve_log(logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float) -> tuple[Tensor, int]:
+def _solve_log(
+    layout: _Rectangles | Ragged,
+    cost: Tensor,
+    row: Tensor,
+    column: Tensor,
+    slope: float,
+    max_iter: int,
+    tolerance: float,
+) -> tuple[Tensor, int]:
     """The same rounds on logarithms, the cheapest pair of each problem at 0, where floating point is finest."""
-    logit = logit - logit.detach().amax((-2, -1), keepdim=True)
-    row, column = row[..., None], column[..., None, :]
+    logit = cost * slope
+    cheapest = layout.amax(logit).amax(layout.rows, keepdim=True)
+    logit = logit - layout.spread(cheapest)
     log_row, log_column = _log(row), _log(column)
-    log_u, log_v, active, iteration = log_row, log_column, _everyone(logit), 0
+    log_u, log_v, active, iteration = log_row, log_column, _everyone(layout, logit), 0
     while iteration < max_iter and _running(active):
         iteration += 1
-        log_u = torch.where(active, log_row - (logit + log_v).logsumexp(-1, keepdim=True), log_u)  # (..., N, 1)
-        log_mass = (logit + log_u).logsumexp(-2, keepdim=True)  # (..., 1, M)
-        error = ((log_v + log_mass).exp() - column).detach().abs().sum(-1, keepdim=True)
-        log_v, active = torch.where(active, log_column - log_mass, log_v), active & (error >= tolerance)
-    return (log_u + logit + log_v).exp(), iteration
+        log_u = torch.where(active, log_row - _logsumexp(layout, logit + log_v), log_u)
+        log_mass = (logit + layout.spread(log_u)).logsumexp(layout.rows, keepdim=True)
+        error = layout.sum(((log_v + log_mass).exp() - column).detach().abs())
+        log_v = torch.where(layout.spread(active), log_column - log_mass, log_v)
+        active = active & (error >= tolerance)
+    return (layout.spread(log_u) + logit + log_v).exp(), iteration
 
 
-def _everyone(logit: Tensor) -> Tensor:
-    """(..., 1, 1) bool: no problem is done yet."""
-    return torch.ones(*logit.shape[:-2], 1, 1, dtype=torch.bool, device=logit.device)
+def _logsumexp(layout: _Rectangles | Ragged, x: Tensor) -> Tensor:
+    """Over the columns of every problem."""
+    top = layout.amax(x)
+    return top + layout.sum((x - layout.spread(top)).exp()).log()
+
+
+def _everyone(layout: _Rectangles | Ragged, logit: Tensor) -> Tensor:
+    """No problem is done yet."""
+    return torch.ones(layout.problems(logit), dtype=torch.bool, device=logit.device)
 
 
 def _running(active: Tensor) -> bool:
@@ -148,33 +296,40 @@ def _log(mass: Tensor) -> Tensor:
     return torch.where(mass > 0, torch.where(mass > 0, mass, 1).log(), NOTHING)
 
 
-def _marginals(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> tuple[Tensor, Tensor]:
-    """Marginals of cost's dtype that sum to one as nearly as it can say; what has no plan is refused.
+def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Both marginals of problems (..., N, M)."""
+    _check_cost(cost, -2, -1)
+    columns = (*cost.shape[:-2], cost.shape[-1])
+    return _marginal("row", row, cost, cost.shape[:-1]), _marginal("column", column, cost, columns)
+
+
+def _check_cost(cost: Tensor, *axes: int) -> None:
+    """Refuse a dtype that has no solver, and problems without rows or columns, which lie along `axes`."""
+    if cost.dtype not in SAFE:
+        raise ValueError(f"cost is {cost.dtype}: give float32 or float64")
+    if cost.ndim < 2 or 0 in (cost.shape[axis] for axis in axes):
+        raise ValueError(f"cost has shape {tuple(cost.shape)}: give every problem at least one row and one column")
+
+
+def _marginal(name: str, mass: Tensor, cost: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A marginal of cost's dtype that sums to one as nearly as it can say; what has no plan is refused.
 
     Values are looked at on the CPU only.
     """
-    if cost.dtype not in SAFE:
-        raise ValueError(f"cost is {cost.dtype}: give float32 or float64")
-    if cost.ndim < 2 or 0 in cost.shape[-2:]:
-        raise ValueError(f"cost has shape {tuple(cost.shape)}: give (..., N, M) with N and M at least 1")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon is {epsilon}: give a positive number; `exact` solves the problem without entropy")
-    if max_iter < 1:
-        raise ValueError(f"max_iter is {max_iter}: give at least 1")
-    for name, mass, shape in (("row", row, cost.shape[:-1]), ("column", column, (*cost.shape[:-2], cost.shape[-1]))):
-        try:
-            mass.expand(shape)
-        except RuntimeError:
-            raise ValueError(
-                f"{name} has shape {tuple(mass.shape)}, but cost {tuple(cost.shape)} needs {tuple(shape)}"
-            ) from None
-        if cost.device.type == "cpu" and mass.numel():
-            _range(name, mass, least=0.0)
-            total = mass.detach().sum(-1).flatten()
-            worst = total[(total - 1).abs().argmax()].item()
-            if abs(worst - 1) > 1e-4:
-                raise ValueError(f"{name} of shape {tuple(mass.shape)} sums to {worst:g}: marginals must sum to 1")
-    return tuple(mass.to(cost) / mass.to(cost).sum(-1, keepdim=True) for mass in (row, column))
+    try:
+        mass.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} has shape {tuple(mass.shape)}, but cost {tuple(cost.shape)} needs {tuple(shape)}"
+        ) from None
+    mass = mass.to(cost)
+    total = mass.sum(-1, keepdim=True)
+    if cost.device.type == "cpu" and mass.numel():
+        _range(name, mass, least=0.0)
+        worst = max((sum.item() for sum in total.detach().aminmax()), key=lambda sum: abs(sum - 1))
+        if abs(worst - 1) > 1e-4:
+            raise ValueError(f"{name} of shape {tuple(mass.shape)} sums to {worst:g}: marginals must sum to 1")
+    return mass / total
 
 
 def _largest(cost: Tensor) -> float:
@@ -184,7 +339,7 @@ def _largest(cost: Tensor) -> float:
 
 def _range(name: str, value: Tensor, least: float) -> float:
     """The largest value, once all are known to be finite and not below `least`."""
-    low, high = value.detach().amin().item(), value.detach().amax().item()
+    low, high = (extreme.item() for extreme in value.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"{name} of shape {tuple(value.shape)} holds {low if math.isfinite(high) else high}: give finite values"

@@ -5,7 +5,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
-from upclose import transport
 from upclose.features import Text, Views
 from upclose.methods import lazsl
 
@@ -237,6 +236,7 @@ def test_errors():
         (lambda v, t: (v._replace(image=v.image * 0.5), t), r"image.*norm 0\.5"),
         (lambda v, t: (v, t._replace(description=t.description * 3)), r"description.*norm 3"),
         (lambda v, t: (v._replace(crop=v.crop[:, :0]), t), r"crop.*\(4, 0, 24\)"),
+        (lambda v, t: (v, t._replace(owner=t.owner.where(t.owner != 1, 2))), "class 1 of 5 has no column"),
     ],
 )
 def test_what_is_no_embedding_is_refused(function, selection, change, message):
@@ -250,12 +250,7 @@ def test_no_device_is_waited_for():
         cuda = lambda *shape: torch.rand(*shape, device="cuda")  # noqa: E731
         views = Views(cuda(4, 24), cuda(4, 9, 24))
         text = Text(cuda(2, 24), cuda(6, 24), torch.zeros(6, dtype=torch.int64, device="cuda"))
-        lengths = [lazsl._Length(3, torch.zeros(2, dtype=torch.int64, device="cuda"), slice(0, 6))]
-        ((rows, crop, row),) = lazsl._pieces(views, text, lazsl.crop_mass(views))
-        assert rows.shape == (4,)
-        ((_, cost),) = lazsl._costs(crop, cuda(6, 24), lengths)
-        assert cost.shape == (2, 4, 9, 3)
-        plan, rounds = transport.sinkhorn(cost, row, row.new_full((3,), 1 / 3), 0.1, 5, 1e-5, bound=2.0)
-        assert plan.shape == cost.shape
-        assert plan.device.type == "cuda"
-        assert rounds == 5
+        for epsilon in (0.1, 0.01, math.inf):
+            scores = lazsl.scores(views, text, epsilon=epsilon, max_iter=5)
+            assert scores.shape == (4, 2)
+            assert scores.device.type == "cuda"

@@ -8,14 +8,13 @@ Legend, with the paper's equations:
     T            transport plan between r* and c = 1/M (5, 11-14)        `plans`
     psi_y        <T, sim*> (15), the score of class y (17)               `scores`
 
-Classes with the same number of attributes are one batch of transport problems, so that nothing is padded and the
-kernel of all their classes and of a chunk of images is one matrix product.
+All classes and a piece of the images are one batch of transport problems without padding, whose costs are one matrix
+product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ from torch.nn.functional import embedding
 from upclose import features, transport
 from upclose.features import Text, Views
 
-# Crop-attribute pairs solved at once, at most about 30 bytes each.
-PAIRS = {"cpu": 1 << 22, "device": 1 << 25}
+# Crop-attribute pairs solved at once, about 20 bytes each.
+PAIRS = {"cpu": 5 << 19, "device": 1 << 25}
 
 
 def scores(
@@ -59,7 +58,8 @@ def scores(
         (B, C) float32, larger is better. Memory beyond inputs and result: below 1 GiB up to 30,000 descriptions.
 
     Raises:
-        ValueError: theta outside 0 to 1, epsilon not positive, embeddings that are not finite or not of unit norm
+        ValueError: theta outside 0 to 1, epsilon not positive, embeddings that are not finite or not of unit norm,
+            a class without attributes
 
     Source: LaZSL, eqs. 5-17.
 
@@ -76,15 +76,13 @@ def scores(
     """
     theta = _weight(theta, hybrid)
     _check(views, text)
-    attribute, lengths = _by_length(text)
+    columns = transport.Ragged(text.owner, len(text.label))
     result = views.image.new_empty(len(views.image), len(text.label), dtype=torch.float32)
     for rows, crop, row in _pieces(views, text, crop_mass(views, selection)):
-        crop = torch.lerp(views.image[rows, None], crop, theta)  # (10, 16)
-        for length, cost in _costs(crop, attribute, lengths):
-            column = row.new_full((length.m,), 1 / length.m)
-            plan, _ = transport.sinkhorn(cost, row, column, epsilon, max_iter, tolerance, bound=2.0)  # (11-14)
-            score = 1 - (plan * cost).sum((-2, -1))  # (15): <T, 1 - C*>, for T sums to 1
-            result[rows[:, None], length.classes] = score.T.float()
+        cost = _cost(views.image[rows], crop, text.description, theta)
+        plan, _ = transport.sinkhorn_ragged(cost, row, columns, epsilon, max_iter, tolerance, bound=2.0)  # (11-14)
+        moved = columns.sum((plan * cost).sum(-1))  # (C, b)
+        result[rows] = (1 - moved).T.float()  # (15): <T, 1 - C*>, for T sums to 1
     return result
 
 
@@ -121,19 +119,16 @@ def plans(
     """
     theta = _weight(theta, hybrid)
     _check(views, text)
-    attribute, lengths = _by_length(text)
+    columns = transport.Ragged(text.owner, len(text.label))
+    first = columns.count.cumsum(0) - columns.count
+    slot = torch.arange(len(text.owner), device=first.device) - columns.spread(first)
     images, crops = views.crop.shape[:2]
-    result = views.crop.new_zeros(images, len(text.label), crops, max(length.m for length in lengths))
-    rows = crop_mass(views, selection)
-    step = _step(views, text)
-    for start in range(0, images, step):
-        part = slice(start, start + step)
-        row = rows[part]
-        crop = torch.lerp(views.image[part, None], views.crop[part], theta)  # (10, 16)
-        for length, cost in _costs(crop, attribute, lengths):
-            column = row.new_full((length.m,), 1 / length.m)
-            plan, _ = transport.sinkhorn(cost, row, column, epsilon, max_iter, tolerance, bound=2.0)  # (11-14)
-            result[part, length.classes, :, : length.m] = plan.transpose(0, 1)
+    result = views.crop.new_zeros(images, len(text.label), crops, int(columns.count.max()))
+    for rows in torch.arange(images, device=first.device).split(_step(views, text)):
+        part = views.select(rows)
+        cost, row = _cost(part.image, part.crop, text.description, theta), crop_mass(part, selection)
+        plan, _ = transport.sinkhorn_ragged(cost, row, columns, epsilon, max_iter, tolerance, bound=2.0)  # (11-14)
+        result[rows[:, None], text.owner, :, slot] = plan.transpose(0, 1)
     return result
 
 
@@ -190,39 +185,17 @@ def crop_mass(views: Views, selection: bool = True) -> Tensor:
 
     Source: LaZSL, eqs. 6-9.
     """
-    cosine = torch.linalg.vecdot(views.crop, views.image[:, None])
+    cosine = (views.image[:, None] @ views.crop.mT)[:, 0]
     delta = cosine.mean(-1, keepdim=True)  # (6)
     positive = (cosine >= delta - 1e-6) if selection else torch.ones_like(cosine, dtype=torch.bool)  # (7, 8)
     return positive / positive.sum(-1, keepdim=True).to(cosine)  # (9)
 
 
-class _Length(NamedTuple):
-    """The k classes that have m attributes each."""
-
-    m: int
-    classes: Tensor  # (k,) int64
-    attributes: slice  # m * k of the ordered attributes: the first attribute of every class, then the second
-
-
-def _by_length(text: Text) -> tuple[Tensor, list[_Length]]:
-    """Attributes (L, D) ordered by the length of their class; the only place where a device is waited for."""
-    counts, parts, groups, start = text.counts, [], [], 0
-    for m in counts.unique().tolist():
-        part = text.description[counts[text.owner] == m].unflatten(0, (-1, m)).transpose(0, 1).flatten(0, 1)
-        groups.append(_Length(m, (counts == m).nonzero()[:, 0], slice(start, start + len(part))))
-        parts.append(part)
-        start += len(part)
-    return torch.cat(parts), groups
-
-
-def _costs(crop: Tensor, attribute: Tensor, lengths: list[_Length]) -> Iterator[tuple[_Length, Tensor]]:
-    """The costs C* (k, B, N, m) of all images with the classes of each length, by one matrix product.
-
-    `crop` holds theta p^l + (1 - theta) p^g: sim* is linear in the crop, so that the mixture costs nothing here.
-    """
-    cost = torch.addmm(crop.new_ones(()), attribute, crop.flatten(0, 1).T, alpha=-1)  # (10)
-    for length in lengths:
-        yield length, cost[length.attributes].view(length.m, -1, *crop.shape[:2]).permute(1, 2, 3, 0)
+def _cost(image: Tensor, crop: Tensor, description: Tensor, theta: float) -> Tensor:
+    """The costs C* (L, B, N). sim* is linear in the crop, so that the image's share is mixed in before the product."""
+    crop = torch.lerp(image[:, None], crop, theta)  # (16): theta p^l + (1 - theta) p^g
+    cost = torch.addmm(crop.new_ones(()), description, crop.flatten(0, 1).T, alpha=-1)  # (10)
+    return cost.unflatten(1, crop.shape[:2])
 
 
 def _pieces(views: Views, text: Text, row: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -234,7 +207,7 @@ def _pieces(views: Views, text: Text, row: Tensor) -> Iterator[tuple[Tensor, Ten
     n, kept = row.shape[1], (row > 0).sum(-1)
     first, crops = row.argsort(dim=-1, descending=True, stable=True), views.crop.flatten(0, 1)
     order = kept.argsort() if row.device.type == "cpu" else torch.arange(len(row), device=row.device)
-    for rows in order.split(_step(views, text)) if len(order) else ():
+    for rows in order.tensor_split(-(-len(order) // _step(views, text))) if len(order) else ():
         index = first[rows, : int(kept[rows].max())] if row.device.type == "cpu" else first[rows]
         yield rows, embedding(rows[:, None] * n + index, crops), row[rows].gather(1, index)
 
