@@ -62,6 +62,13 @@ def test_losses_depend_on_the_corners_directions_only():
     torch.testing.assert_close(lare.losses(longer, label, y), lare.losses(boxes, label, y))
 
 
+def test_gradients_of_the_losses():
+    _, _, label = world()
+    label, y = label.double(), torch.randint(5, (2, 3), generator=generator(2))
+    corners = [(2 * part).requires_grad_() for part in random_boxes(2, 3, label.shape[1])]
+    assert torch.autograd.gradcheck(lambda *corners: tuple(lare.losses(lare.Boxes(*corners), label, y, 5.0)), corners)
+
+
 def plain_network(x, y, label, alpha, seed, epochs, batch, learning_rate, weight_decay):
     """One seed: two layers, normalised corners, the equations."""
     d = x.shape[1]

@@ -114,6 +114,16 @@ def test_a_class_with_no_or_one_image(images):
     assert fitted.weight.isfinite().all()
 
 
+def test_affine_and_its_gradients():
+    x, weight, bias = (
+        torch.randn(shape, generator=generator(0), dtype=torch.float64, requires_grad=True)
+        for shape in ((3, 4, 5), (3, 5, 2), (3, 1, 2))
+    )
+    torch.testing.assert_close(probe.affine(x, weight, bias), torch.baddbmm(bias, x, weight))
+    assert torch.autograd.gradcheck(probe.affine, (x, weight, bias))
+    assert torch.autograd.gradcheck(probe.affine, (x[:1].detach().expand(3, -1, -1), weight, bias))
+
+
 def test_predict_is_the_argmax_of_scores_and_chunks_do_not_matter(monkeypatch):
     x, y = world(50)
     fitted = probe.fit(x, y, x, y, SEEDS, epochs=2)
