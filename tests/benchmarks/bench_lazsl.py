@@ -67,7 +67,7 @@ def main() -> None:
     """Print one line a measure."""
     views, text = features(200, 64)
     few = views.select(slice(0, 2))
-    slow, fast = rates(1, lambda: loop(few, text, 1e-2), lambda: lazsl.scores(views, text), rounds=10)
+    slow, fast = rates(1, lambda: loop(few, text, 1e-2), lambda: lazsl.scores(views, text), rounds=100)
     baseline, ours = 1 / slow / len(few.image), 1 / fast / len(views.image)
     print(f"threads {torch.get_num_threads()}")
     print("measure | baseline | ours | ratio | target")
