@@ -2,7 +2,7 @@
 
 Notation: C cost, a row and b column marginals, K = exp(-C / epsilon) the kernel, u and v the scalings, so that the
 plan is T = diag(u) K diag(v). A round is u = a / (K v), then v = b / (K' u); the plain solver scales T itself by the
-change of u and of v, which needs no other memory than T's.
+change of u and of v.
 
 Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013; Peyré and Cuturi, "Computational Optimal Transport", 2019, ch. 4.
 """
@@ -99,10 +99,6 @@ class Ragged:
         """What each class has, for every column of it: (C, ...) -> (L, ...)."""
         return x.index_select(0, self.owner)
 
-    def problems(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of a number for every problem of plans (L, B, N)."""
-        return (len(self.count), x.shape[1], 1)
-
     def _bags(self, x: Tensor, mode: str) -> Tensor:
         return embedding_bag(self._column, x.flatten(1), self._start, mode=mode).view(-1, *x.shape[1:])
 
@@ -171,7 +167,7 @@ def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
 
 
 class _Rectangles:
-    """Problems (..., N, M), in the terms of `Ragged`: columns last, row sums (..., N, 1), one number (..., 1, 1)."""
+    """Problems (..., N, M), in the terms of `Ragged`: columns last, row sums (..., N, 1)."""
 
     rows = -2
 
@@ -183,9 +179,6 @@ class _Rectangles:
 
     def spread(self, x: Tensor) -> Tensor:
         return x
-
-    def problems(self, x: Tensor) -> tuple[int, ...]:
-        return (*x.shape[:-2], 1, 1)
 
 
 def _solve(
@@ -264,8 +257,8 @@ def _solve_log(
     cheapest = layout.amax(logit).amax(layout.rows, keepdim=True)
     logit = logit - layout.spread(cheapest)
     log_row, log_column = _log(row), _log(column)
-    log_u, log_v, active, iteration = log_row, log_column, _everyone(layout, logit), 0
-    while iteration < max_iter and _running(active):
+    log_u, log_v, active, iteration = log_row, log_column, torch.ones_like(cheapest, dtype=torch.bool), 0
+    while iteration < max_iter and (cost.device.type != "cpu" or active.any()):
         iteration += 1
         log_u = torch.where(active, log_row - _logsumexp(layout, logit + log_v), log_u)
         log_mass = (logit + layout.spread(log_u)).logsumexp(layout.rows, keepdim=True)
@@ -279,16 +272,6 @@ def _logsumexp(layout: _Rectangles | Ragged, x: Tensor) -> Tensor:
     """Over the columns of every problem."""
     top = layout.amax(x)
     return top + layout.sum((x - layout.spread(top)).exp()).log()
-
-
-def _everyone(layout: _Rectangles | Ragged, logit: Tensor) -> Tensor:
-    """No problem is done yet."""
-    return torch.ones(layout.problems(logit), dtype=torch.bool, device=logit.device)
-
-
-def _running(active: Tensor) -> bool:
-    """Whether another round is needed: known on the CPU, assumed elsewhere."""
-    return active.device.type != "cpu" or bool(active.any())
 
 
 def _log(mass: Tensor) -> Tensor:
