@@ -84,7 +84,7 @@ def test_kernel_and_log_domain_agree(monkeypatch):
     slow, same = transport.sinkhorn(*problem, 0.1, tolerance=1e-11)
     torch.testing.assert_close(fast, slow, atol=1e-10, rtol=0)
     assert not torch.equal(fast, slow)  # two ways of reckoning
-    assert abs(rounds - same) <= 1  # they look at the error half a round apart
+    assert abs(rounds - same) <= 3  # they start from different columns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -237,6 +237,15 @@ def test_gradients_of_the_plan():
     assert torch.autograd.grad(loss, cost)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_asking_for_gradients_changes_no_plan(dtype):
+    cost, row, column = massless(*problems(dtype=dtype))
+    plan, rounds = transport.sinkhorn(cost, row, column, 0.1)
+    asked, same = transport.sinkhorn(cost.clone().requires_grad_(), row, column, 0.1)
+    torch.testing.assert_close(asked.detach(), plan, atol=1e-6 if dtype == torch.float32 else 1e-14, rtol=0)
+    assert rounds == same
+
+
 @pytest.mark.parametrize("epsilon", [0.2, 2e-3])
 def test_gradients_reach_the_marginals(epsilon):
     cost, row, column = problems(2, 4, 3)
@@ -268,7 +277,7 @@ def ragged(images=3, n=6, widths=(4, 1, 7), dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("epsilon", [math.inf, 0.1, 2e-3])
 def test_ragged_problems_equal_single_ones(epsilon, dtype):
     cost, row, owner, classes = ragged(dtype=dtype)
-    plan, rounds = transport.sinkhorn_ragged(cost, row, transport.Ragged(owner, classes), epsilon, 5_000)
+    plan, rounds = transport.sinkhorn_ragged(-cost / epsilon, row, transport.Ragged(owner, classes), 5_000)
     assert plan.shape == cost.shape
     most = 0
     for b in range(len(row)):
@@ -277,7 +286,7 @@ def test_ragged_problems_equal_single_ones(epsilon, dtype):
             column = own.new_full(own.shape[1:], 1 / own.shape[1])
             single, count = transport.sinkhorn(own, row[b], column, epsilon, 5_000, bound=1.0)
             most = max(most, count)
-            atol = 1e-12 if dtype == torch.float64 else 1e-6
+            atol = 1e-12 if dtype == torch.float64 else 5e-6
             torch.testing.assert_close(plan[owner == c, b].T, single, atol=atol, rtol=0)
     assert rounds == most if dtype == torch.float64 else abs(rounds - most) <= most / 2
 
@@ -289,40 +298,41 @@ def test_gradients_of_ragged_plans(epsilon):
     cost.requires_grad_()
 
     def plan(cost, free):
-        return transport.sinkhorn_ragged(cost, free.softmax(-1), columns, epsilon, 30, 1e-15)[0]
+        return transport.sinkhorn_ragged(-cost / epsilon, free.softmax(-1), columns, 40, 1e-15)[0]
 
     assert torch.autograd.gradcheck(plan, (cost, row.clamp_min(0.05).log().requires_grad_()))
 
 
 def test_ragged_errors_and_no_images():
-    cost, row, owner, classes = ragged()
+    logit, row, owner, classes = ragged()
     columns = transport.Ragged(owner, classes)
     with pytest.raises(ValueError, match=r"row has shape \(3, 5\).*\(3, 6\)"):
-        transport.sinkhorn_ragged(cost, row[:, 1:], columns, 0.1)
+        transport.sinkhorn_ragged(logit, row[:, 1:], columns)
     with pytest.raises(ValueError, match=r"row of shape \(3, 6\) sums to 2"):
-        transport.sinkhorn_ragged(cost, row * 2, columns, 0.1)
-    with pytest.raises(ValueError, match=r"cost of shape .* holds nan"):
-        transport.sinkhorn_ragged(cost * math.nan, row, columns, 0.1)
-    with pytest.raises(ValueError, match=r"cost has shape \(12, 3, 0\)"):
-        transport.sinkhorn_ragged(cost[..., :0], row[:, :0], columns, 0.1)
-    with pytest.raises(ValueError, match=r"cost has shape \(11, 3, 6\), but there are 12 columns"):
-        transport.sinkhorn_ragged(cost[1:], row, columns, 0.1)
+        transport.sinkhorn_ragged(logit, row * 2, columns)
+    with pytest.raises(ValueError, match=r"logit of shape .* holds nan"):
+        transport.sinkhorn_ragged(logit * math.nan, row, columns)
+    with pytest.raises(ValueError, match=r"logit has shape \(12, 3, 0\)"):
+        transport.sinkhorn_ragged(logit[..., :0], row[:, :0], columns)
+    with pytest.raises(ValueError, match=r"logit has shape \(11, 3, 6\), but there are 12 columns"):
+        transport.sinkhorn_ragged(logit[1:], row, columns)
     with pytest.raises(ValueError, match="class 3 of 4 has no column"):
         transport.Ragged(owner, 4)
     for wrong, message in ((owner[[0, 4, 1, *range(3, 12)]], "to 2"), (owner - 1, "to 2"), (owner + 1, "to 2")):
         with pytest.raises(ValueError, match=f"non-decreasing from 0 {message}"):
             transport.Ragged(wrong, classes)
-    plan, rounds = transport.sinkhorn_ragged(cost[:, :0], row[:0], columns, 0.1)
+    plan, rounds = transport.sinkhorn_ragged(logit[:, :0], row[:0], columns)
     assert plan.shape == (12, 0, 6)
     assert rounds == 0
 
 
-def test_ragged_sum_amax_and_spread():
+def test_ragged_sum_mean_amax_and_spread():
     cost, _, owner, classes = ragged()
     columns = transport.Ragged(owner, classes)
-    sums, largest = columns.sum(cost), columns.amax(cost)
+    sums, means, largest = columns.sum(cost), columns.mean(cost), columns.amax(cost)
     for c in range(classes):
         torch.testing.assert_close(sums[c], cost[owner == c].sum(0))
+        torch.testing.assert_close(means[c], cost[owner == c].mean(0))
         assert torch.equal(largest[c], cost[owner == c].amax(0))
     assert torch.equal(columns.spread(columns.count), torch.tensor([4] * 4 + [1] + [7] * 7))
 
@@ -335,11 +345,11 @@ def test_no_device_is_waited_for():
             assert plan.shape == cost.shape
             assert plan.device.type == "cuda"
             assert iterations == 3
-        cost, row = torch.rand(12, 3, 6, device="cuda"), torch.rand(3, 6, device="cuda")
+        logit, row = torch.rand(12, 3, 6, device="cuda"), torch.rand(3, 6, device="cuda")
         columns = transport.Ragged(torch.zeros(12, dtype=torch.int64, device="cuda"), 3)
-        for epsilon in (0.1, 2e-3):
-            plan, iterations = transport.sinkhorn_ragged(cost, row, columns, epsilon, max_iter=3, bound=2.0)
-            assert plan.shape == cost.shape
+        for bound in (2.0, None):
+            plan, iterations = transport.sinkhorn_ragged(logit, row, columns, max_iter=3, bound=bound)
+            assert plan.shape == logit.shape
             assert plan.device.type == "cuda"
             assert iterations == 3
 

@@ -59,7 +59,13 @@ def sinkhorn(
         ValueError: shapes that do not fit, values that are not finite or negative, marginals that do not sum to one
     """
     row, column = _marginals(cost, row, column)
-    return _solve(_Rectangles(), cost, row[..., None], column[..., None, :], epsilon, max_iter, tolerance, bound)
+    if not epsilon > 0:
+        raise ValueError(f"epsilon is {epsilon}: give a positive number; `exact` solves the problem without entropy")
+    if not cost.numel():
+        return torch.zeros_like(cost), 0
+    bound = 0.0 if math.isinf(epsilon) else (_largest(cost) if bound is None else bound) / epsilon
+    row, column = row[..., None], column[..., None, :]
+    return _solve(_Rectangles(), cost * (-1 / epsilon), row, column, bound, max_iter, tolerance)
 
 
 class Ragged:
@@ -86,10 +92,15 @@ class Ragged:
                 raise ValueError(f"owner must be non-decreasing from 0 to {classes - 1}")
             if not self.count.all():
                 raise ValueError(f"class {int(self.count.argmin())} of {classes} has no column: give it at least one")
+        self.share = 1 / self.spread(self.count).double()  # (L,), each column's part of its class
 
     def sum(self, x: Tensor) -> Tensor:
         """Sums over each class: (L, ...) -> (C, ...)."""
         return self._bags(x, "sum")
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Means over each class: (L, ...) -> (C, ...)."""
+        return self._bags(x, "mean")
 
     def amax(self, x: Tensor) -> Tensor:
         """The largest of each class: (L, ...) -> (C, ...), without gradients."""
@@ -104,26 +115,27 @@ class Ragged:
 
 
 def sinkhorn_ragged(
-    cost: Tensor,
+    logit: Tensor,
     row: Tensor,
     columns: Ragged,
-    epsilon: float,
     max_iter: int = 1000,
     tolerance: float | None = None,
     bound: float | None = None,
 ) -> tuple[Tensor, int]:
     """`sinkhorn` between the rows of B images and the columns of C classes, B x C problems in one batch.
 
-    Problem (b, c) has the rows of image b and the columns of class c, which share the mass of 1 evenly.
+    Problem (b, c) has the rows of image b and the columns of class c, which share the mass of 1 evenly. What is added
+    to all logits of a row or of a column changes no plan, so that any multiple of the similarities will do.
 
     Args:
-        cost: (L, B, N) float32 or float64, at least 0
+        logit: (L, B, N) float32 or float64, the kernel's logarithm -C / epsilon
         row: (B, N) marginals, at least 0 with sum 1
         columns: L columns of C classes
-        epsilon: as in `sinkhorn`
         max_iter: as in `sinkhorn`
         tolerance: as in `sinkhorn`
-        bound: as in `sinkhorn`
+        bound: the largest difference between logits that can occur, padding included, where the caller knows it; the
+            logits are then not looked at. The plain kernel is used up to 40 (float32) or 300 (float64), otherwise the
+            log domain. None: the largest difference on the CPU, infinite elsewhere.
 
     Returns:
         plan: (L, B, N); problem (b, c) has plan[columns.owner == c, b].T
@@ -132,12 +144,16 @@ def sinkhorn_ragged(
     Raises:
         ValueError: as `sinkhorn`
     """
-    _check_cost(cost, 0, 2)
-    if len(cost) != len(columns.owner):
-        raise ValueError(f"cost has shape {tuple(cost.shape)}, but there are {len(columns.owner)} columns")
-    row = _marginal("row", row, cost, cost.shape[1:])
-    share = 1 / columns.spread(columns.count).to(cost)
-    return _solve(columns, cost, row, share[:, None, None], epsilon, max_iter, tolerance, bound)
+    _check_problems("logit", logit, 0, 2)
+    if len(logit) != len(columns.owner):
+        raise ValueError(f"logit has shape {tuple(logit.shape)}, but there are {len(columns.owner)} columns")
+    row = _marginal("row", row, logit, logit.shape[1:])
+    if not logit.numel():
+        return torch.zeros_like(logit), 0
+    if bound is None:
+        low, high = _range("logit", logit)
+        bound = high - low
+    return _solve(columns, logit, row, columns.share.to(logit)[:, None, None], bound, max_iter, tolerance)
 
 
 def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -183,54 +199,48 @@ class _Rectangles:
 
 def _solve(
     layout: _Rectangles | Ragged,
-    cost: Tensor,
+    logit: Tensor,
     row: Tensor,
     column: Tensor,
-    epsilon: float,
+    bound: float,
     max_iter: int,
     tolerance: float | None,
-    bound: float | None,
 ) -> tuple[Tensor, int]:
-    """Choose the domain, once the marginals are known to be sound; `row` and `column` fit the layout's plans."""
-    if not epsilon > 0:
-        raise ValueError(f"epsilon is {epsilon}: give a positive number; `exact` solves the problem without entropy")
+    """The plans, in the domain that fits logits that differ by at most `bound`."""
     if max_iter < 1:
         raise ValueError(f"max_iter is {max_iter}: give at least 1")
-    if not cost.numel():
-        return torch.zeros_like(cost), 0
-    tolerance = TOLERANCE[cost.dtype] if tolerance is None else tolerance
-    bound = _largest(cost) if bound is None else bound
-    plain = math.isinf(epsilon) or bound / epsilon <= SAFE[cost.dtype]
-    solve = _solve_plain if plain else _solve_log
-    return solve(layout, cost, row, column, -1 / epsilon, max_iter, tolerance)
+    tolerance = TOLERANCE[logit.dtype] if tolerance is None else tolerance
+    solve = _solve_plain if bound <= SAFE[logit.dtype] else _solve_log
+    return solve(layout, logit, row, column, max_iter, tolerance)
 
 
 def _solve_plain(
-    layout: _Rectangles | Ragged,
-    cost: Tensor,
-    row: Tensor,
-    column: Tensor,
-    slope: float,
-    max_iter: int,
-    tolerance: float,
+    layout: _Rectangles | Ragged, logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float
 ) -> tuple[Tensor, int]:
-    """Rounds on the plan itself, which starts as K diag(b): scale its rows to their mass, then its columns."""
-    plan, active = torch.add(_log(column), cost, alpha=slope).exp_(), None
-    for iteration in range(max_iter):
-        mass = layout.sum(plan)
-        if iteration:  # the columns are right after a round, so that the rows have all of the error
-            wrong = (mass - row).detach().abs_().sum(layout.rows, keepdim=True) >= tolerance
-            active = wrong if active is None else wrong & active
-            if cost.device.type == "cpu":
-                left = int(active.sum())
-                if left == 0:
-                    return plan, iteration
-                active = None if left == active.numel() else active
-        u = _over(row, mass) if active is None else torch.where(active, _over(row, mass), 1)
-        plan = _scaled(plan, layout.spread(u))
-        v = _over(column, plan.sum(layout.rows, keepdim=True))
+    """Rounds on the plan itself, whose columns are right from the start: scale its rows to their mass, then its columns."""
+    plan, active = _scaled(_columns_of_one(logit, layout.rows), column), None
+    for iteration in range(1, max_iter + 1):
+        u = _over(row, layout.sum(plan))
+        plan = _scaled(plan, layout.spread(u if active is None else torch.where(active, u, 1)))
+        mass = plan.sum(layout.rows, keepdim=True)
+        v = _over(column, mass)
         plan = _scaled(plan, v if active is None else torch.where(layout.spread(active), v, 1))
+        # Between the scalings the columns have all of the error, and no more of it is left in the rows after them.
+        wrong = layout.sum((mass - column).detach().abs_()) >= tolerance
+        active = wrong if active is None else wrong & active
+        if logit.device.type == "cpu":
+            left = int(active.sum())
+            if left == 0:
+                return plan, iteration
+            active = None if left == active.numel() else active
     return plan, max_iter
+
+
+def _columns_of_one(logit: Tensor, rows: int) -> Tensor:
+    """The kernel with columns that sum to one. Where rounds start is arbitrary, so that gradients see constants."""
+    if logit.requires_grad:
+        return (logit - logit.detach().logsumexp(rows, keepdim=True)).exp()
+    return logit.softmax(rows)
 
 
 def _scaled(plan: Tensor, factor: Tensor) -> Tensor:
@@ -245,20 +255,18 @@ def _over(mass: Tensor, found: Tensor) -> Tensor:
 
 def _solve_log(
     layout: _Rectangles | Ragged,
-    cost: Tensor,
+    logit: Tensor,
     row: Tensor,
     column: Tensor,
-    slope: float,
     max_iter: int,
     tolerance: float,
 ) -> tuple[Tensor, int]:
     """The same rounds on logarithms, the cheapest pair of each problem at 0, where floating point is finest."""
-    logit = cost * slope
     cheapest = layout.amax(logit).amax(layout.rows, keepdim=True)
     logit = logit - layout.spread(cheapest)
     log_row, log_column = _log(row), _log(column)
     log_u, log_v, active, iteration = log_row, log_column, torch.ones_like(cheapest, dtype=torch.bool), 0
-    while iteration < max_iter and (cost.device.type != "cpu" or active.any()):
+    while iteration < max_iter and (logit.device.type != "cpu" or active.any()):
         iteration += 1
         log_u = torch.where(active, log_row - _logsumexp(layout, logit + log_v), log_u)
         log_mass = (logit + layout.spread(log_u)).logsumexp(layout.rows, keepdim=True)
@@ -281,17 +289,17 @@ def _log(mass: Tensor) -> Tensor:
 
 def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """Both marginals of problems (..., N, M)."""
-    _check_cost(cost, -2, -1)
+    _check_problems("cost", cost, -2, -1)
     columns = (*cost.shape[:-2], cost.shape[-1])
     return _marginal("row", row, cost, cost.shape[:-1]), _marginal("column", column, cost, columns)
 
 
-def _check_cost(cost: Tensor, *axes: int) -> None:
+def _check_problems(name: str, x: Tensor, *axes: int) -> None:
     """Refuse a dtype that has no solver, and problems without rows or columns, which lie along `axes`."""
-    if cost.dtype not in SAFE:
-        raise ValueError(f"cost is {cost.dtype}: give float32 or float64")
-    if cost.ndim < 2 or 0 in (cost.shape[axis] for axis in axes):
-        raise ValueError(f"cost has shape {tuple(cost.shape)}: give every problem at least one row and one column")
+    if x.dtype not in SAFE:
+        raise ValueError(f"{name} is {x.dtype}: give float32 or float64")
+    if x.ndim < 2 or 0 in (x.shape[axis] for axis in axes):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: give every problem at least one row and one column")
 
 
 def _marginal(name: str, mass: Tensor, cost: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -316,12 +324,17 @@ def _marginal(name: str, mass: Tensor, cost: Tensor, shape: tuple[int, ...]) -> 
 
 
 def _largest(cost: Tensor) -> float:
-    """The largest cost, once all are known to be costs; infinite where looking at them would stall a device."""
-    return _range("cost", cost, least=-1e-5) if cost.device.type == "cpu" else math.inf
+    """The largest cost, once all are known to be costs."""
+    return _range("cost", cost, least=-1e-5)[1]
 
 
-def _range(name: str, value: Tensor, least: float) -> float:
-    """The largest value, once all are known to be finite and not below `least`."""
+def _range(name: str, value: Tensor, least: float = -math.inf) -> tuple[float, float]:
+    """The smallest and the largest value, once all are known to be finite and not below `least`.
+
+    Infinite where looking at them would stall a device.
+    """
+    if value.device.type != "cpu":
+        return -math.inf, math.inf
     low, high = (extreme.item() for extreme in value.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
@@ -329,4 +342,4 @@ def _range(name: str, value: Tensor, least: float) -> float:
         )
     if low < least:
         raise ValueError(f"{name} of shape {tuple(value.shape)} holds {low:g}: no value may be negative")
-    return high
+    return low, high

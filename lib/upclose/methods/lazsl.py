@@ -4,12 +4,12 @@ Legend, with the paper's equations:
     p^l_i, p^g   embedding of crop i and of the whole image (3)         views.crop, views.image
     q_j          embedding of attribute j of class y (4)                text.description
     delta, r*    mean cosine of crops and image; the crops' mass (6-9)   `crop_mass`
-    sim*, C*     hybrid similarity (16) and cost 1 - sim* (10)           `_align`
+    sim*, C*     hybrid similarity (16) and cost 1 - sim* (10)           `_logit`
     T            transport plan between r* and c = 1/M (5, 11-14)        `plans`
     psi_y        <T, sim*> (15), the score of class y (17)               `scores`
 
-All classes and a piece of the images are one batch of transport problems without padding, whose costs are one matrix
-product.
+All classes and a piece of the images are one batch of transport problems without padding, whose similarities are one
+matrix product. The image's share of sim* is the same for all crops: it moves no mass, and joins the score at the end.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.functional import embedding
 from upclose import features, transport
 from upclose.features import Text, Views
 
+INFINITE = 1e18  # an epsilon at which kernels are flat, and by which logits can still be multiplied
 # Crop-attribute pairs solved at once, about 20 bytes each.
 PAIRS = {"cpu": 5 << 19, "device": 1 << 25}
 
@@ -74,16 +75,16 @@ def scores(
         - Crops whose cosines with the image are all equal are all kept: a crop is dropped when it lies more than
           1e-6 below the mean, where rounding alone would decide otherwise.
     """
-    theta = _weight(theta, hybrid)
+    theta, epsilon = _weights(theta, hybrid, epsilon)
     _check(views, text)
     columns = transport.Ragged(text.owner, len(text.label))
-    result = views.image.new_empty(len(views.image), len(text.label), dtype=torch.float32)
+    description = text.description * (theta / epsilon)
+    result = (1 - theta) * views.image @ columns.mean(text.description).T  # (16)
     for rows, crop, row in _pieces(views, text, crop_mass(views, selection)):
-        cost = _cost(views.image[rows], crop, text.description, theta)
-        plan, _ = transport.sinkhorn_ragged(cost, row, columns, epsilon, max_iter, tolerance, bound=2.0)  # (11-14)
-        moved = columns.sum((plan * cost).sum(-1))  # (C, b)
-        result[rows] = (1 - moved).T.float()  # (15): <T, 1 - C*>, for T sums to 1
-    return result
+        logit = _logit(description, crop)
+        plan, _ = transport.sinkhorn_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
+        result[rows] += epsilon * columns.sum((plan * logit).sum(-1)).T  # (15)
+    return result.float()
 
 
 def plans(
@@ -117,7 +118,7 @@ def plans(
 
     Source: LaZSL, eqs. 11-14.
     """
-    theta = _weight(theta, hybrid)
+    theta, epsilon = _weights(theta, hybrid, epsilon)
     _check(views, text)
     columns = transport.Ragged(text.owner, len(text.label))
     first = columns.count.cumsum(0) - columns.count
@@ -126,8 +127,8 @@ def plans(
     result = views.crop.new_zeros(images, len(text.label), crops, int(columns.count.max()))
     for rows in torch.arange(images, device=first.device).split(_step(views, text)):
         part = views.select(rows)
-        cost, row = _cost(part.image, part.crop, text.description, theta), crop_mass(part, selection)
-        plan, _ = transport.sinkhorn_ragged(cost, row, columns, epsilon, max_iter, tolerance, bound=2.0)  # (11-14)
+        logit, row = _logit(text.description * (theta / epsilon), part.crop), crop_mass(part, selection)
+        plan, _ = transport.sinkhorn_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
         result[rows[:, None], text.owner, :, slot] = plan.transpose(0, 1)
     return result
 
@@ -164,7 +165,7 @@ def own_plans(
 
     Source: LaZSL, eqs. 11-14.
     """
-    theta = _weight(theta, hybrid)
+    theta, epsilon = _weights(theta, hybrid, epsilon)
     _check(views, text)
     description, mask = text.padded()
     column = mask[label] / mask[label].sum(-1, keepdim=True)
@@ -191,11 +192,9 @@ def crop_mass(views: Views, selection: bool = True) -> Tensor:
     return positive / positive.sum(-1, keepdim=True).to(cosine)  # (9)
 
 
-def _cost(image: Tensor, crop: Tensor, description: Tensor, theta: float) -> Tensor:
-    """The costs C* (L, B, N). sim* is linear in the crop, so that the image's share is mixed in before the product."""
-    crop = torch.lerp(image[:, None], crop, theta)  # (16): theta p^l + (1 - theta) p^g
-    cost = torch.addmm(crop.new_ones(()), description, crop.flatten(0, 1).T, alpha=-1)  # (10)
-    return cost.unflatten(1, crop.shape[:2])
+def _logit(description: Tensor, crop: Tensor) -> Tensor:
+    """-C* / epsilon (10), less what all crops share: (L, B, N), from descriptions times theta / epsilon."""
+    return (description @ crop.flatten(0, 1).T).unflatten(1, crop.shape[:2])
 
 
 def _pieces(views: Views, text: Text, row: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -226,8 +225,10 @@ def _check(views: Views, text: Text) -> None:
         features.check_unit(x, name)
 
 
-def _weight(theta: float, hybrid: bool) -> float:
-    """The crops' weight; a plain similarity is theta = 1."""
+def _weights(theta: float, hybrid: bool, epsilon: float) -> tuple[float, float]:
+    """The crops' weight, which is 1 in a plain similarity, and the entropy's, which is made finite."""
     if not 0 <= theta <= 1:
         raise ValueError(f"theta is {theta}: give a weight between 0 (the image alone) and 1 (the crops alone)")
-    return theta if hybrid else 1.0
+    if not epsilon > 0:
+        raise ValueError(f"epsilon is {epsilon}: give a positive number")
+    return theta if hybrid else 1.0, min(epsilon, INFINITE)
