@@ -217,7 +217,7 @@ def _solve(
 def _solve_plain(
     layout: _Rectangles | Ragged, logit: Tensor, row: Tensor, column: Tensor, max_iter: int, tolerance: float
 ) -> tuple[Tensor, int]:
-    """Rounds on the plan itself, whose columns are right from the start: scale its rows to their mass, then its columns."""
+    """Rounds on the plan itself, with its columns right from the start: scale rows to their mass, then columns."""
     plan, active = _scaled(_columns_of_one(logit, layout.rows), column), None
     for iteration in range(1, max_iter + 1):
         u = _over(row, layout.sum(plan))
