@@ -70,14 +70,14 @@ def check_unit(x: Tensor, name: str, tolerance: float = 1e-2) -> None:
     Raises:
         ValueError: names the embedding and its norm
     """
-    if x.device.type != "cpu" or not x.numel():
+    if x.device.type != "cpu":
         return
     norm = torch.linalg.vector_norm(x.detach(), dim=-1)
     if (bad := ~((norm - 1).abs() <= tolerance)).any():
         index = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"{name} of shape {tuple(x.shape)} has norm {norm[tuple(index)]:.4g} at {index}: "
-            "embeddings must be finite and divided by their norm"
+            f"{name}{index} has norm {norm[tuple(index)]:.4g}, not 1: "
+            f"the embeddings {tuple(x.shape)} must be finite and divided by their norm"
         )
 
 

@@ -98,7 +98,7 @@ def spoil(x, index, value):
     ("change", "message"),
     [
         (lambda x, y, label, unseen: dict(y=spoil(y, 9, 5)), r"y\[9\] is 5: .* to 4"),
-        (lambda x, y, label, unseen: dict(x=spoil(x, (4, 2), torch.nan)), r"x\[4\] is not finite"),
+        (lambda x, y, label, unseen: dict(x=spoil(x, (4, 2), torch.nan)), r"x\[4\] has norm nan"),
         (lambda x, y, label, unseen: dict(y=y.int()), r"y is torch.int32 .* int64"),
         (lambda x, y, label, unseen: dict(label=label[:, :8]), r"label is \(5, 8\): give \(C, D\) with D = 16"),
         (lambda x, y, label, unseen: dict(text_unseen=2 * unseen), r"text_unseen\[0\] has norm 2"),

@@ -268,7 +268,7 @@ def spoil(x, index, value):
     [
         (lambda x, y, label: dict(y=spoil(y, 7, -1)), r"y\[7\] is -1"),
         (lambda x, y, label: dict(y=spoil(y, 9, 5)), r"y\[9\] is 5: .* to 4"),
-        (lambda x, y, label: dict(x=spoil(x, (4, 2), torch.nan)), r"x\[4\] is not finite"),
+        (lambda x, y, label: dict(x=spoil(x, (4, 2), torch.nan)), r"x\[4\] has norm nan"),
         (lambda x, y, label: dict(x=spoil(x, 6, 2 * x[6])), r"x\[6\] has norm 2, not 1"),
         (lambda x, y, label: dict(x=spoil(x, 6, 0 * x[6])), r"x\[6\] has norm 0, not 1"),
         (lambda x, y, label: dict(label=spoil(label, 3, 2 * label[3])), r"label\[3\] has norm 2, not 1"),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from upclose import features
 from upclose.seeds import generator
 
 NORM_TOLERANCE = 1e-3
@@ -293,20 +294,16 @@ def check_shape(x: Tensor, name: str, **axes: int | None) -> None:
 
 
 def check_embeddings(x: Tensor, name: str, unit: bool = True, **axes: int | None) -> Tensor:
-    """`x` as float32, or float64 where it was; raises with the first index that is not finite or not of unit norm.
+    """`x` as float32, or float64 where it was; on the CPU, what is not finite or not of unit norm is refused by index.
 
     `axes` as in `check_shape`; without them (N, D).
     """
     check_shape(x, name, **(axes or {"N": None, "D": None}))
     x = x if x.dtype == torch.float64 else x.float()
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    for bad, what in [
-        (~norm.isfinite(), "is not finite: drop it or encode it again"),
-        ((norm - 1).abs() > (NORM_TOLERANCE if unit else torch.inf), "has norm {:.4g}, not 1: divide it by its norm"),
-    ]:
-        if bad.any():
-            index = bad.nonzero()[0].tolist()
-            raise ValueError(f"{name}{index} " + what.format(norm[tuple(index)].item()))
+    if unit:
+        features.check_unit(x, name, NORM_TOLERANCE)
+    elif x.device.type == "cpu" and (bad := ~x.isfinite().all(-1)).any():
+        raise ValueError(f"{name}{bad.nonzero()[0].tolist()} is not finite: drop it or encode it again")
     return x
 
 
