@@ -431,3 +431,10 @@ def test_wca_predicts_in_bf16_what_it_predicts_in_fp32(tmp_path):
     text = encode.embed_text(encoders[0], label, [descriptions[name] for name in dataset.class_names])
     equal = wca.scores(full, text).argmax(1) == wca.scores(half, text).argmax(1)
     assert equal.float().mean() > 0.97  # of 160 images; the benchmark measures the share itself on more
+
+
+@pytest.mark.parametrize(("module", "name"), [(bank, "LAYOUT"), (shards, "PREPROCESSING"), (shards, "BATCH")])
+def test_the_key_names_the_versions(monkeypatch, module, name):
+    before = bank.key(FakeDataset(), FakeEncoder(), PLAN)
+    monkeypatch.setattr(module, name, getattr(module, name) + 1)
+    assert bank.key(FakeDataset(), FakeEncoder(), PLAN) != before

@@ -57,3 +57,16 @@ def test_ledger_says_difference_interval_and_n():
     assert claims.ledger([claims.check("C1", "", hits(0.7, sets=5), hits(0.5, sets=1))], unit="seed").n[0] == (
         "500 images x 5 seeds"
     )
+
+
+def test_a_gain_below_the_margin_fails():
+    assert claims.check("C", "", hits(0.7), hits(0.5, seed=1), margin=40).verdict == "fails"
+
+
+def test_the_interval_is_of_percentiles_and_of_a_seed():
+    few = torch.zeros(1, 20, dtype=torch.bool)
+    few[0, 0] = True
+    assert claims.interval(few, torch.zeros_like(few))[1:] == (0, 15)  # reflected it would be (-5, 10)
+    assert claims.interval(hits(0.7), hits(0.5, seed=1), seed=1) != claims.interval(
+        hits(0.7), hits(0.5, seed=1), seed=2
+    )

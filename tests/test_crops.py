@@ -496,3 +496,17 @@ def test_on_a_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (ours.cpu().int() - pil_crops(image, box, 224)).abs().max() <= 2
+
+
+@pytest.mark.parametrize("sampler", [crops.sample_boxes, crops.sample_area_boxes])
+def test_positions_are_uniform_and_independent(sampler):
+    box = sampler(400, 600, 20_000)
+    side = box[:, 2:] - box[:, :2]
+    place = (box[:, :2] + 0.5) / (torch.tensor([600, 400]) - side + 1)
+    jitter = 1e-3 * torch.rand(20_000, generator=torch.Generator().manual_seed(0))  # squares have but one aspect
+    found = torch.stack([*place.T, side.prod(1), side[:, 0] / side[:, 1] + jitter]).corrcoef()
+    assert found[0, 1].abs() < 0.03
+    assert found[:2, 2:].abs().max() < 0.03
+    for low in place.T:
+        assert abs(low.mean() - 0.5) < 0.01
+        assert abs(low.var() - 1 / 12) < 0.002

@@ -52,3 +52,16 @@ def test_spread_and_row(monkeypatch, tmp_path):
     assert (line["value"], line["n"], line["run"]) == (50.0, 4, "start-abc")
     metrics.save([line])
     assert (folder / "metrics.csv").read_text().splitlines()[0] == ",".join(metrics.COLUMNS)
+
+
+def test_accuracy_of_the_best_and_of_the_two_best():
+    scores, label = torch.tensor([[3.0, 2.0, 1.0]] * 4), torch.tensor([0, 1, 1, 2])
+    assert metrics.accuracy(scores, label) == 25
+    assert metrics.accuracy(scores, label, 2) == 75
+
+
+def test_a_row_of_several_crop_sets():
+    hits = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    line = metrics.row("method", hits, dataset="set", backbone="model")
+    assert (line["value"], line["n"]) == (50, 4)
+    assert line["std"] == pytest.approx(25 * 2**0.5)

@@ -275,3 +275,25 @@ def test_what_is_wrong_with_the_published_files():
     assert len(found(lint("wca/place365/cupl.json", "places365", places), "tie")) == 21
     texture = json.loads((SHARED / "wca/dtd/classes.json").read_text())
     assert found(lint("cupl/texture_prompts_full.json", "dtd", texture), "order")
+
+
+def test_waffle_is_fifteen_pairs_of_words_and_of_letters_the_same_for_all_classes():
+    found = prompts.waffle(["owl", "jay"], seed=1)
+    tails = [[row.removeprefix(f"a photo of a {n}, which has ").removesuffix(".") for row in found[n]] for n in found]
+    assert tails[0] == tails[1]
+    assert len(tails[0]) == 30
+    words = set((paths.PACKAGE / "published" / "words.txt").read_text().split())
+    assert all(len(tail.split()) == 2 and set(tail.split()) <= words for tail in tails[0][::2])
+    assert all(3 <= len(w) <= 7 and w.isascii() and w.islower() for tail in tails[0][1::2] for w in tail.split())
+    assert prompts.waffle(["owl", "jay"], seed=2) != found
+    assert prompts.examine("waffle", "any", "test", ["owl", "jay"], seed=1).sentences == found
+
+
+def test_sentences_of_clip_clip_e_and_dnd():
+    names = [bird.name for bird in held_out()["test"]][:3]
+    clip, clip_e, dnd = (prompts.examine(s, "birdlets", "test", names).sentences for s in ("clip", "clip-e", "dnd"))
+    own = prompts.read(paths.PACKAGE / "birdlets" / "prompts" / "clip-d_test.json")
+    for name in names:
+        assert clip[name] == [f"a photo of a {name}."]
+        assert clip_e[name] == [template.format(name) for template in prompts.templates("birdlets")]
+        assert dnd[name] == [f"a photo of a bird with {descriptor}." for descriptor in own[name]]

@@ -315,3 +315,24 @@ def test_an_unusable_queue_or_zero_shot_table_is_an_error(world):
         dnd.stream(views, text, capacity=0)
     with pytest.raises(ValueError, match=r"zero \(2, 4\), but there are 6 images"):
         dnd.stream(views, text, zero=torch.zeros(2, C))
+
+
+def test_of_equal_entropies_the_oldest_stay():
+    assert dnd._leave([0, 0], [0.5, 0.5], 1) == [2, 1]
+    assert dnd._leave([0, 0, 0], [0.5, 0.5, 0.1], 2) == [3, 2, 3]
+
+
+def test_exact_plans_have_the_exact_cost():
+    views, text = draws(5)
+    plans, scores = dnd.plans(views, text, exact=True), dnd.scores(views, text, exact=True)
+    for c in range(len(text.label)):
+        cost = 1 - views.crop @ text.description[text.owner == c].T
+        moved = (plans[:, c, :, : cost.shape[-1]] * cost).sum((1, 2))
+        torch.testing.assert_close(-moved, scores[:, c], atol=1e-6, rtol=0)
+
+
+def test_a_cache_of_more_images_than_a_chunk():
+    views, text = draws(6, batch=1030)
+    label = torch.arange(1030) % len(text.label)
+    key = dnd.local_cache(views.select(slice(1020, None)), label[1020:], text).key
+    assert torch.equal(dnd.local_cache(views, label, text).key[-len(key) :], key)

@@ -793,3 +793,41 @@ def test_order_is_a_permutation_that_the_seed_decides(encoder):
     first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
     assert np.array_equal(np.sort(first), np.arange(7))
     assert not torch.equal(first, second)
+
+
+def test_crop_scale_and_seed_reach_the_weak_views(encoder):
+    base = adapt(encoder, Pictures(4), text_of(), learning_rate=0.0).history.weight
+    for change in (dict(crop_scale=(0.2, 0.3)), dict(seed=1)):
+        other = adapt(encoder, Pictures(4), text_of(), learning_rate=0.0, **change).history.weight
+        assert not torch.allclose(other, base, atol=1e-4)
+
+
+def test_strong_views_are_drawn_from_seed_epoch_and_key(encoder):
+    drawn = []
+
+    def strong(picture):
+        drawn.append(torch.randint(2**40, ()).item())
+        return resize(picture)
+
+    for seed in (0, 1):
+        fair.adapt(encoder, Pictures(3), text_of(), strong=strong, n=2, k=1, epochs=2, seed=seed)
+    assert len(set(drawn)) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(learning_rate=2e-2),
+        dict(weight_decay=0.5),
+        dict(momentum=0.5),
+        dict(logit_scale=7.0),
+        dict(seed=1),
+        dict(gamma="batch"),
+        dict(crop_scale=(0.2, 0.3)),
+    ],
+)
+def test_a_state_belongs_to_one_set_of_arguments(encoder, change):
+    states = []
+    adapt(encoder, Pictures(4), text_of(), epochs=1, on_epoch=states.append)
+    with pytest.raises(ValueError, match="belongs to a run with other"):
+        adapt(encoder, Pictures(4), text_of(), **{"epochs": 1, "state": states[0], **change})

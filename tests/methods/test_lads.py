@@ -127,3 +127,15 @@ def test_tensors_stay_on_their_device():
         moved = lads.augment(network, x)
         results = [moved, lads.domain_alignment_loss(x, network(x), torch.empty(6, 16, device="cuda"))]
         assert all(result.device.type == "cuda" for result in results)
+
+
+def unit(*shape, key):
+    return F.normalize(torch.randn(*shape, generator=generator(0, key), dtype=torch.float64), dim=-1)
+
+
+def test_the_direction_is_from_the_training_domain():
+    x, y = unit(6, 16, key="x"), torch.arange(6) % 3
+    label, train, unseen = (unit(3, 16, key=key) for key in ("label", "train", "unseen"))
+    moved = lads.fit(x, y, label, train, unseen, [0], alpha=1.0, epochs=300, learning_rate=3e-3)(x)[0] - x
+    assert F.cosine_similarity(moved, (unseen - train)[y], dim=-1).mean() > 0.9
+    assert F.cosine_similarity(moved, (unseen - label)[y], dim=-1).mean() < 0.8

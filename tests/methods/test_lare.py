@@ -311,3 +311,39 @@ def test_tensors_stay_on_their_device():
             lare.noise(x, boxes, 4, generators),
         ]
         assert all(result.device.type == "cuda" for result in results)
+
+
+def test_noise_is_isotropic():
+    minus = torch.zeros(1, 1, 4, dtype=torch.float64)
+    plus = minus.clone()
+    plus[..., 0] = 2
+    points = lare.noise(minus[0], lare.Boxes(minus, plus), 20_000, generator(0))
+    variance = points[0, 0].var(0)
+    torch.testing.assert_close(variance, torch.full_like(variance, (1 + 4 / 12) / 4), rtol=0.05, atol=0)
+
+
+def test_mixup_takes_partners_and_weights_uniformly():
+    mixed = lare.mixup(torch.eye(8, dtype=torch.float64), torch.arange(8), 5000, 8, [generator(0)]).target[0]
+    others = ~torch.eye(8, dtype=torch.bool)
+    partner = (mixed * others[:, None]).sum(-1)
+    weight = partner[partner > 0]
+    assert abs(weight.mean() - 1 / 2) < 0.01
+    assert abs(weight.var() - 1 / 12) < 0.003
+    share = ((mixed > 0) & others[:, None]).double().mean(1)[others]
+    assert (share - 1 / 8).abs().max() < 0.02
+
+
+def test_samples_of_two_images_are_drawn_apart():
+    boxes = lare.Boxes(-torch.ones(2, 3, 5), torch.ones(2, 3, 5))
+    assert len(lare.sample(boxes, 4, generator(0)).flatten(0, 2).unique(dim=0)) == 24
+
+
+def test_boxes_are_fitted_with_every_option():
+    x, y, label = world(12, classes=3)
+    options = dict(alpha=0.3, seeds=[4], epochs=2, batch=5, learning_rate=0.02, weight_decay=0.3, hidden=7, scale=30.0)
+    network = lare.fit_network(x, y, label, **options)
+    assert network.weight_in.shape == (1, 16, 7)
+    for found, expected in zip(lare.fit_boxes(x, y, label, **options), lare.f_box(network, x)):
+        assert torch.equal(found, expected)
+    for other in (dict(alpha=0.9), dict(scale=1.0)):
+        assert not torch.allclose(lare.fit_network(x, y, label, **options | other).weight_in, network.weight_in)

@@ -254,3 +254,26 @@ def test_no_device_is_waited_for():
             scores = lazsl.scores(views, text, epsilon=epsilon, max_iter=5)
             assert scores.shape == (4, 2)
             assert scores.device.type == "cuda"
+
+
+def test_the_log_domain_in_float32():
+    once, twice = world(), world()
+    twice = (
+        twice[0]._replace(image=once[0].image.double(), crop=once[0].crop.double()),
+        twice[1]._replace(label=once[1].label.double(), description=once[1].description.double()),
+    )
+    options, label = dict(epsilon=1e-3, max_iter=5_000), torch.tensor([0, 1, 1, 2])
+    close = dict(atol=1e-3, rtol=0)
+    torch.testing.assert_close(lazsl.scores(*once, **options), lazsl.scores(*twice, **options), atol=1e-4, rtol=0)
+    torch.testing.assert_close(lazsl.plans(*once, **options).double(), lazsl.plans(*twice, **options), **close)
+    own = lazsl.own_plans(*once, label, **options), lazsl.own_plans(*twice, label, **options)
+    torch.testing.assert_close(own[0].double(), own[1], **close)
+
+
+def test_on_a_device_no_crop_is_left_out():
+    with FakeTensorMode():
+        views = Views(torch.rand(4, 24, device="cuda"), torch.rand(4, 9, 24, device="cuda"))
+        owner = torch.zeros(6, dtype=torch.int64, device="cuda")
+        text = Text(torch.rand(1, 24, device="cuda"), torch.rand(6, 24, device="cuda"), owner)
+        pieces = list(lazsl._pieces(views, text, torch.rand(4, 9, device="cuda")))
+    assert [(crop.shape, row.shape) for _, crop, row in pieces] == [((4, 9, 24), (4, 9))]

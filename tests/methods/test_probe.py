@@ -209,3 +209,35 @@ def test_tensors_stay_on_their_device():
             *probe.linear([0, 1, 2], 16, 5, "probe", like=x),
         ]
         assert all(result.device.type == "cuda" for result in results)
+
+
+def unit(*shape, key):
+    return F.normalize(torch.randn(*shape, generator=generator(0, key), dtype=torch.float64), dim=-1)
+
+
+def test_samples_stand_after_their_original():
+    x, y, sample = unit(4, 5, key="x"), torch.tensor([2, 0, 1, 2]), unit(2, 4, 3, 5, key="sample")
+    target = torch.full((2, 4, 3, 3), 1 / 3, dtype=torch.float64)
+    rows, hard = probe._with_samples(x, y, sample, None, 2, 3)
+    _, soft = probe._with_samples(x, y, sample, target, 2, 3)
+    for s in range(2):
+        for i in range(4):
+            assert torch.equal(rows[s, 4 * i], x[i])
+            assert torch.equal(rows[s, 4 * i + 1 : 4 * i + 4], sample[s, i])
+            assert hard[4 * i : 4 * i + 4].tolist() == [y[i]] * 4
+            assert torch.equal(soft[s, 4 * i], F.one_hot(y[i], 3).double())
+            assert torch.equal(soft[s, 4 * i + 1 : 4 * i + 4], target[s, i])
+
+
+def test_layers_start_uniform_and_apart():
+    part = 20 * torch.cat(probe.linear([0], 400, 300, "key", like=torch.empty(0)), 1)
+    assert part.abs().max() <= 1
+    assert abs(part.mean()) < 0.01
+    assert abs(part.var() - 1 / 3) < 0.005
+    square = probe.network([0], 8, 8, 8, "key", like=torch.empty(0))
+    assert not torch.equal(square.weight_in, square.weight_out)
+
+
+def test_there_may_be_classes_without_a_row():
+    x, y = unit(6, 8, key="x"), torch.arange(6) % 2
+    assert probe.fit(x, y, x, y, [0], classes=4, epochs=1).weight.shape == (1, 8, 4)

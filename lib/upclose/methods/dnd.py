@@ -229,7 +229,7 @@ def stream(
     Source: D&D's test-time setting; Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models"
         (TDA), the positive cache. As in TDA an image joins before it is scored, so its own keys vote too.
     Deviates: no negative cache, and the entropy is that of one prediction, not of an average over augmented views: the
-        digest mentions neither. An equal entropy does not push an older image out.
+        digest mentions neither. An equal entropy pushes no older image out; of equal ones the youngest leaves first.
     """
     if capacity < 1:
         raise ValueError(f"a queue of {capacity} images remembers nothing: use a capacity of at least 1")
@@ -256,13 +256,15 @@ def stream(
 
 def _leave(pseudo: list[int], entropy: list[float], capacity: int) -> list[int]:
     """The step at which each image of a stream leaves its class's queue; its own step if it never joins."""
-    queues = defaultdict(list)  # class -> heap of (-entropy, step): the least certain first
+    queues = defaultdict(
+        list
+    )  # class -> heap of (-entropy, -step): the least certain first, of equal ones the youngest
     leave = list(range(len(pseudo)))
     for step, (c, h) in enumerate(zip(pseudo, entropy)):
         if len(queues[c]) < capacity:
-            heappush(queues[c], (-h, step))
+            heappush(queues[c], (-h, -step))
         elif h < -queues[c][0][0]:
-            leave[heapreplace(queues[c], (-h, step))[1]] = step
+            leave[-heapreplace(queues[c], (-h, -step))[1]] = step
         else:
             continue
         leave[step] = len(pseudo)
