@@ -268,20 +268,21 @@ def test_the_manifest_names_no_time_host_or_path(tmp_path):
 def test_ls_verify_rm(tmp_path):
     first, second = build(tmp_path), build(tmp_path, plan=LADDER)
     keys = [held.folder.path.rsplit("/", 1)[-1] for held in (first, second)]
-    (tmp_path / "unfinished").mkdir()
+    unfinished = f"noise-test-{0:020}"
+    (tmp_path / unfinished).mkdir()
     rows = {row["key"]: row for row in bank.ls(tmp_path)}
-    assert set(rows) == {*keys, "unfinished"}
+    assert set(rows) == {*keys, unfinished}
     assert rows[keys[0]]["complete"]
-    assert not rows["unfinished"]["complete"]
+    assert not rows[unfinished]["complete"]
     assert rows[keys[0]]["images"] == 40
     assert rows[keys[0]]["bytes"] == sum(map(len, contents(tmp_path / keys[0]).values()))
     assert bank.verify(tmp_path, keys[0]) == []
     assert bank.rm(tmp_path, keys[0]) == rows[keys[0]]["bytes"]
-    assert {row["key"] for row in bank.ls(tmp_path)} == {keys[1], "unfinished"}
+    assert {row["key"] for row in bank.ls(tmp_path)} == {keys[1], unfinished}
     with pytest.raises(BankError, match=rf"no bank.*{keys[1]}"):
         bank.rm(tmp_path, "../else")
     with pytest.raises(BankError, match=r"unfinished|does not exist"):
-        bank.verify(tmp_path, "unfinished")
+        bank.verify(tmp_path, unfinished)
     assert bank.ls(tmp_path / "nowhere") == []
 
 
@@ -438,3 +439,13 @@ def test_the_key_names_the_versions(monkeypatch, module, name):
     before = bank.key(FakeDataset(), FakeEncoder(), PLAN)
     monkeypatch.setattr(module, name, getattr(module, name) + 1)
     assert bank.key(FakeDataset(), FakeEncoder(), PLAN) != before
+
+
+def test_a_folder_that_is_no_bank_is_neither_listed_nor_removed(tmp_path):
+    (tmp_path / "Documents").mkdir()
+    kept = tmp_path / "Documents" / "thesis.txt"
+    kept.write_text("years of work")
+    assert bank.ls(tmp_path) == []
+    with pytest.raises(BankError, match="there is no bank 'Documents'"):
+        bank.rm(tmp_path, "Documents")
+    assert kept.exists()

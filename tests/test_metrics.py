@@ -65,3 +65,8 @@ def test_a_row_of_several_crop_sets():
     line = metrics.row("method", hits, dataset="set", backbone="model")
     assert (line["value"], line["n"]) == (50, 4)
     assert line["std"] == pytest.approx(25 * 2**0.5)
+
+
+def test_one_label_for_all_images_is_refused():
+    with pytest.raises(ValueError, match=r"3 images, but labels \(1,\)"):
+        metrics.correct(torch.eye(3), torch.tensor([0]))

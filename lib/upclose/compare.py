@@ -68,7 +68,7 @@ def collect(root: Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: there is none
     """
-    runs = sorted(root.glob("*/*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
+    runs = sorted(root.glob("*/[!.]*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
     if not (tables := [file.with_name("metrics.csv") for file in runs if file.with_name("metrics.csv").is_file()]):
         raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
     return pd.concat([_read(file) for file in tables], ignore_index=True)

@@ -56,7 +56,13 @@ class Text(NamedTuple):
         return torch.bincount(self.owner, minlength=len(self.label))
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """The descriptions as a rectangle: (C, M, D) padded with zeros, and (C, M) bool that is True on real ones."""
+        """The descriptions as a rectangle: (C, M, D) padded with zeros, and (C, M) bool that is True on real ones.
+
+        Raises:
+            ValueError: on the CPU, an owner that is not as described
+        """
+        if self.owner.device.type == "cpu" and (self.owner.diff() < 0).any():
+            raise ValueError("owner must be non-decreasing: descriptions stand class after class")
         counts = self.counts
         mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]  # (C, M)
         rows = self.description.new_zeros(*mask.shape, self.description.shape[-1])

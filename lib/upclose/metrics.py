@@ -29,7 +29,7 @@ def correct(scores: Tensor, label: Tensor, k: int = 1) -> Tensor:
         (B,) bool
 
     Raises:
-        ValueError: scores that are not finite, or k < 1
+        ValueError: scores that are not finite, another number of labels than of images, or k < 1
     """
     if k < 1:
         raise ValueError(f"top-k needs k >= 1, not {k}")
@@ -37,6 +37,8 @@ def correct(scores: Tensor, label: Tensor, k: int = 1) -> Tensor:
         row = int((~torch.isfinite(scores)).any(1).nonzero()[0])
         raise ValueError(f"the scores of image {row} are not finite")
     label = torch.as_tensor(label, device=scores.device)
+    if label.shape != scores.shape[:1]:
+        raise ValueError(f"{len(scores)} images, but labels {tuple(label.shape)}: give one to each")
     own = scores.gather(1, label[:, None])
     before = torch.arange(scores.shape[1], device=scores.device) < label[:, None]
     return ((scores > own) | ((scores == own) & before)).sum(1) < k

@@ -277,3 +277,11 @@ def test_on_a_device_no_crop_is_left_out():
         text = Text(torch.rand(1, 24, device="cuda"), torch.rand(6, 24, device="cuda"), owner)
         pieces = list(lazsl._pieces(views, text, torch.rand(4, 9, device="cuda")))
     assert [(crop.shape, row.shape) for _, crop, row in pieces] == [((4, 9, 24), (4, 9))]
+
+
+def test_descriptions_out_of_order_and_labels_of_another_number_are_refused():
+    views, text = world()
+    with pytest.raises(ValueError, match="class after class"):
+        text._replace(owner=text.owner.flip(0)).padded()
+    with pytest.raises(ValueError, match=r"4 images, but labels \(1,\)"):
+        lazsl.own_plans(views, text, torch.tensor([0]))

@@ -203,9 +203,9 @@ def ls(root: str | os.PathLike | None = None) -> list[dict]:
         return []
     rows = []
     for item in sorted(home.files.ls(home.path, detail=True), key=lambda item: item["name"]):
-        if item["type"] != "directory":
-            continue
         name = item["name"].rstrip("/").rsplit("/", 1)[-1]
+        if item["type"] != "directory" or not KEY.fullmatch(name):
+            continue
         files = stores.sizes(home.join(name))
         ranges = [[int(x) for x in match.groups()] for match in map(stores.SHARD_NAME.fullmatch, files) if match]
         manifest = stores.unseal(stores.read(home.join(name), MANIFEST)) if MANIFEST in files else None
@@ -293,6 +293,9 @@ def _identity(dataset: Dataset, encoder: object, plan: Plan, dtype: str) -> dict
         "dtype": dtype,
         "batch": {"images": shards.BATCH, "crops": int(encoder.batch_size)},
     }
+
+
+KEY = re.compile(r".+-[0-9a-f]{20}")  # of the names that `_key` gives; other folders are nobody's banks
 
 
 def _key(identity: dict) -> str:

@@ -161,12 +161,14 @@ def own_plans(
         (B, N, M), M the longest class; zero on the padding of shorter classes and on dropped crops
 
     Raises:
-        ValueError: as `scores`
+        ValueError: as `scores`, and another number of labels than of images
 
     Source: LaZSL, eqs. 11-14.
     """
     theta, epsilon = _weights(theta, hybrid, epsilon)
     _check(views, text)
+    if label.shape != views.image.shape[:1]:
+        raise ValueError(f"{len(views.image)} images, but labels {tuple(label.shape)}: give one to each")
     description, mask = text.padded()
     column = mask[label] / mask[label].sum(-1, keepdim=True)
     crop = torch.lerp(views.image[:, None], views.crop, theta)  # (10, 16)
