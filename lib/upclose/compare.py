@@ -143,7 +143,7 @@ def versus(measured: pd.DataFrame, paper: str, table: str | None = None) -> pd.D
     printed = published(paper, table)
     ours = measured.rename(columns={"value": "ours", "std": "ours_std"})[[*KEYS, "ours", "ours_std", "n"]]
     ours = ours[ours.dataset != "average"]  # it is computed here, from cells that can be looked at
-    unnamed = ours[(ours.paper == "D&D") & (ours.backbone == "RN50")].assign(backbone="")  # the digest names none
+    unnamed = ours[(ours.paper == "D&D") & (ours.backbone == "RN50")].assign(backbone="")  # the summary names none
     ours = (
         pd.concat([ours, unnamed])
         .drop_duplicates(KEYS, keep="last")
@@ -226,7 +226,7 @@ def account(covered: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `published()` with the column account: "cited only" (a rival that is not run), "inconsistent" (the paper
         disagrees with itself), "runnable", or "" where no file fills it. An average is runnable when all of
-        its row's data sets are; D&D's digest names no backbone, so any counts.
+        its row's data sets are; D&D's summary names no backbone, so any counts.
     """
     frame = published()
     have = {tuple(row) for row in covered[KEYS[:5]].itertuples(index=False)}

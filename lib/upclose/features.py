@@ -87,6 +87,16 @@ def check_unit(x: Tensor, name: str, tolerance: float = 1e-2) -> None:
         )
 
 
+def check_labels(label: Tensor, images: int) -> None:
+    """Raise unless each of so many images has one label, where broadcasting would give all the same.
+
+    Raises:
+        ValueError: quotes both numbers
+    """
+    if label.shape != (images,):
+        raise ValueError(f"{images} images, but labels {tuple(label.shape)}: give one to each")
+
+
 class Views(NamedTuple):
     """A batch of B images, N crops each.
 

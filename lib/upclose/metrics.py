@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from upclose import paths
+from upclose import features, paths
 
 COLUMNS = ["paper", "table", "method", "dataset", "backbone", "setting", "metric", "value", "std", "n", "run"]
 
@@ -37,8 +37,7 @@ def correct(scores: Tensor, label: Tensor, k: int = 1) -> Tensor:
         row = int((~torch.isfinite(scores)).any(1).nonzero()[0])
         raise ValueError(f"the scores of image {row} are not finite")
     label = torch.as_tensor(label, device=scores.device)
-    if label.shape != scores.shape[:1]:
-        raise ValueError(f"{len(scores)} images, but labels {tuple(label.shape)}: give one to each")
+    features.check_labels(label, len(scores))
     own = scores.gather(1, label[:, None])
     before = torch.arange(scores.shape[1], device=scores.device) < label[:, None]
     return ((scores > own) | ((scores == own) & before)).sum(1) < k

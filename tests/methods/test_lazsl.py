@@ -257,10 +257,10 @@ def test_no_device_is_waited_for():
 
 
 def test_the_log_domain_in_float32():
-    once, twice = world(), world()
+    once = views, text = world()
     twice = (
-        twice[0]._replace(image=once[0].image.double(), crop=once[0].crop.double()),
-        twice[1]._replace(label=once[1].label.double(), description=once[1].description.double()),
+        Views(views.image.double(), views.crop.double()),
+        Text(text.label.double(), text.description.double(), text.owner),
     )
     options, label = dict(epsilon=1e-3, max_iter=5_000), torch.tensor([0, 1, 1, 2])
     close = dict(atol=1e-3, rtol=0)

@@ -159,18 +159,14 @@ def test_search_with_nothing_to_try_is_an_error():
 
 
 def test_finetuning_equals_a_plain_loop_over_epochs():
-    draw = seeds.generator(0, "few")
-    centre = normalize(torch.randn(5, 16, generator=draw), dim=1)
-    target = torch.arange(5).repeat_interleave(4)
-    image = normalize(centre[target] + 0.3 * torch.randn(20, 16, generator=draw), dim=1)
-    zero = image @ centre[[1, 0, 2, 3, 4]].T
+    image, target, zero = few()
     tuned = tip_adapter.finetune(image, target, zero, image, target, 0.5, 4.0, 3, 0.01, 6, seed=2, scale=30.0)
     key, order = image.clone().requires_grad_(), seeds.generator(2, "tip_adapter.finetune")
     optimiser, step = torch.optim.AdamW([key], eps=1e-4), 0
     for _ in range(3):
         for rows in torch.randperm(20, generator=order).split(6):
             optimiser.param_groups[0]["lr"] = 0.01 * (1 + np.cos(np.pi * step / 12)) / 2
-            logits = 30 * (zero[rows] + 0.5 * (-4 * (1 - image[rows] @ key.T)).exp() @ one_hot(target, 5).float())
+            logits = 30 * (zero[rows] + 0.5 * (-4 * (1 - image[rows] @ key.T)).exp() @ one_hot(target, C).float())
             optimiser.zero_grad()
             cross_entropy(logits, target[rows]).backward()
             optimiser.step()

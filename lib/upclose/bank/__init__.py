@@ -41,6 +41,7 @@ __all__ = ["Bank", "BankError", "build", "key", "ls", "open", "rm", "verify"]
 
 LAYOUT = 1
 MANIFEST = "manifest.json"
+KEY = re.compile(r".+-[0-9a-f]{20}")  # of the names that `_key` gives; other folders are nobody's banks
 
 
 @dataclass(frozen=True)
@@ -293,9 +294,6 @@ def _identity(dataset: Dataset, encoder: object, plan: Plan, dtype: str) -> dict
         "dtype": dtype,
         "batch": {"images": shards.BATCH, "crops": int(encoder.batch_size)},
     }
-
-
-KEY = re.compile(r".+-[0-9a-f]{20}")  # of the names that `_key` gives; other folders are nobody's banks
 
 
 def _key(identity: dict) -> str:

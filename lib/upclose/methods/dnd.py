@@ -69,8 +69,8 @@ def scores(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000
         ValueError: no crop, a class without a description, epsilon <= 0
 
     Source: D&D, eq. 4.
-    Deviates: the digest gives neither epsilon nor a stopping rule; 0.01 resolves differences of cosine that matter to
-        CLIP.
+    Deviates: the paper's summary, from which this is written, gives neither epsilon nor a stopping rule; 0.01 resolves
+        differences of cosine that matter to CLIP.
     """
     parts = _transport(views, text, epsilon, max_iter, exact)
     return -torch.cat([(plan * cost).sum((-2, -1)) for cost, plan in parts])
@@ -177,7 +177,7 @@ def cache_scores(views: Views, cache: Cache, classes: int, beta: float) -> Tenso
         ValueError: as `tip_adapter.scores`
 
     Source: D&D, section 4.2; Tip-Adapter, section 3.1.
-    Deviates: the digest does not say how test crops are aggregated; the uniform mean is eq. 4's mass of a crop.
+    Deviates: the summary does not say how test crops are aggregated; the uniform mean is eq. 4's mass of a crop.
     """
     n = views.crop.shape[1]
     return torch.cat(
@@ -229,7 +229,7 @@ def stream(
     Source: D&D's test-time setting; Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models"
         (TDA), the positive cache. As in TDA an image joins before it is scored, so its own keys vote too.
     Deviates: no negative cache, and the entropy is that of one prediction, not of an average over augmented views: the
-        digest mentions neither. An equal entropy pushes no older image out; of equal ones the youngest leaves first.
+        summary mentions neither. An equal entropy pushes no older image out; of equal ones the youngest leaves first.
     """
     if capacity < 1:
         raise ValueError(f"a queue of {capacity} images remembers nothing: use a capacity of at least 1")

@@ -167,8 +167,7 @@ def own_plans(
     """
     theta, epsilon = _weights(theta, hybrid, epsilon)
     _check(views, text)
-    if label.shape != views.image.shape[:1]:
-        raise ValueError(f"{len(views.image)} images, but labels {tuple(label.shape)}: give one to each")
+    features.check_labels(label, len(views.image))
     description, mask = text.padded()
     column = mask[label] / mask[label].sum(-1, keepdim=True)
     crop = torch.lerp(views.image[:, None], views.crop, theta)  # (10, 16)
