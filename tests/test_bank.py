@@ -91,8 +91,8 @@ def test_every_range_is_that_part_of_the_whole(tmp_path):
 
 
 def test_a_read_opens_only_the_shards_that_it_needs(tmp_path, monkeypatch):
-    held, opened, real = build(tmp_path), [], bank.safe_open
-    monkeypatch.setattr(bank, "safe_open", lambda path, **k: opened.append(path) or real(path, **k))
+    held, opened, real = build(tmp_path), [], bank.bank.safe_open
+    monkeypatch.setattr(bank.bank, "safe_open", lambda path, **k: opened.append(path) or real(path, **k))
     held.read(slice(9, 14))
     assert [path.rsplit("/", 1)[-1] for path in opened] == ["00000008-00000016.safetensors"]
 
@@ -342,7 +342,7 @@ def test_what_says_nothing_about_the_shard_is_not_called_damage(tmp_path, monkey
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(bank, "safe_open", fail)
+    monkeypatch.setattr(bank.bank, "safe_open", fail)
     with pytest.raises(type(error)) as caught:
         held.read()
     assert caught.value is error
@@ -434,7 +434,7 @@ def test_wca_predicts_in_bf16_what_it_predicts_in_fp32(tmp_path):
     assert equal.float().mean() > 0.97  # of 160 images; the benchmark measures the share itself on more
 
 
-@pytest.mark.parametrize(("module", "name"), [(bank, "LAYOUT"), (shards, "PREPROCESSING"), (shards, "BATCH")])
+@pytest.mark.parametrize(("module", "name"), [(bank.bank, "LAYOUT"), (shards, "PREPROCESSING"), (shards, "BATCH")])
 def test_the_key_names_the_versions(monkeypatch, module, name):
     before = bank.key(FakeDataset(), FakeEncoder(), PLAN)
     monkeypatch.setattr(module, name, getattr(module, name) + 1)

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upclose import crops, encode
-from upclose.encode import sources, tiny
+from upclose.encode import fingerprint, sources, tiny
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3}
 TEXT = {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 1, "layers": 2}
@@ -251,21 +251,21 @@ def test_the_fingerprint_follows_the_weights(encoder):
     assert encoder.fingerprint == first
 
 
-@pytest.mark.parametrize("count", [1, 3, 1001, 3 * encode.BLOCK // 2 + 4])
+@pytest.mark.parametrize("count", [1, 3, 1001, 3 * fingerprint.BLOCK // 2 + 4])
 def test_a_checksum_sees_every_bit_and_every_order(count):
     draw = torch.Generator().manual_seed(count)
     weight = torch.randn(count, generator=draw)
-    assert encode._checksum(weight) == encode._checksum(weight.clone().view(1, -1))
+    assert fingerprint.checksum(weight) == fingerprint.checksum(weight.clone().view(1, -1))
     for i in {0, count // 2, count - 1}:
         other = weight.clone()
         other.view(torch.uint8)[4 * i] ^= 1
-        assert encode._checksum(other) != encode._checksum(weight)
+        assert fingerprint.checksum(other) != fingerprint.checksum(weight)
         swapped = weight.clone()
         swapped[[i, (i + 2) % count]] = weight[[(i + 2) % count, i]]
-        assert (encode._checksum(swapped) == encode._checksum(weight)) == torch.equal(swapped, weight)
+        assert (fingerprint.checksum(swapped) == fingerprint.checksum(weight)) == torch.equal(swapped, weight)
     inside = torch.cat([weight[:1], weight])[1:]  # begins in the middle of a word
     changed = torch.cat([weight[:1], weight.flip(0)])[1:]
-    assert (encode._checksum(inside) == encode._checksum(changed)) == (count == 1)
+    assert (fingerprint.checksum(inside) == fingerprint.checksum(changed)) == (count == 1)
 
 
 def test_the_hash_is_the_one_that_recorded_runs_name():
@@ -273,7 +273,7 @@ def test_the_hash_is_the_one_that_recorded_runs_name():
     with torch.no_grad():
         layer.weight.copy_(torch.arange(6.0).view(2, 3))
         layer.bias.zero_()
-    assert encode._hash(layer) == "902b07dcb790a140f7e82a4bd55c9a89"
+    assert fingerprint.of(layer) == "902b07dcb790a140f7e82a4bd55c9a89"
 
 
 def test_text_is_encoded_once_for_its_weights(encoder):
@@ -382,10 +382,12 @@ def test_no_tensor_is_left_on_another_device(monkeypatch):
         assert feature.dtype == token.dtype == torch.float32
         assert feature.shape == (5, 24)
         # a fake tensor has no values: what looks at them, on the host before anything is moved, is left out
-        monkeypatch.setattr(encode, "_check_boxes", lambda *_: None)
-        monkeypatch.setattr(encode, "_distinct", lambda box: (box.reshape(-1, 4), torch.arange(5, device="cpu")))
-        monkeypatch.setattr(encode, "_state", lambda _: ())
-        monkeypatch.setattr(encode, "_plain_text", lambda _: False)
+        monkeypatch.setattr(encode.encoder, "_check_boxes", lambda *_: None)
+        monkeypatch.setattr(
+            encode.encoder, "_distinct", lambda box: (box.reshape(-1, 4), torch.arange(5, device="cpu"))
+        )
+        monkeypatch.setattr(fingerprint, "state", lambda _: ())
+        monkeypatch.setattr(encode.encoder, "_plain_text", lambda _: False)
         encoder.tokenize = lambda text: torch.zeros(len(text), 16, dtype=torch.int64, device="cpu")
         moved, pin = [], lambda tensor: moved.append(tensor) or tensor
         monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
@@ -414,7 +416,7 @@ def test_on_a_gpu_many_pictures_are_cut_at_once(pictures, boxes, monkeypatch):
         asked.append(len(some))
         return crops.extract_batched(some, box, size, **facts)
 
-    monkeypatch.setattr(encode.crops, "extract", extract)
+    monkeypatch.setattr(encode.encoder.crops, "extract", extract)
     ours = encoder._crops(pictures, list(boxes))
     one_by_one = torch.cat([encoder._crops([x], [rows]) for x, rows in zip(pictures, boxes)])
     assert asked == [4, 1, 1, 1, 1]
@@ -426,11 +428,11 @@ def test_on_a_gpu_many_pictures_are_cut_at_once(pictures, boxes, monkeypatch):
 
 def test_groups_of_pictures_fit_the_block(monkeypatch):
     sliver = [(1, 4000), (4000, 1), (4000, 1), (1, 4000)]
-    assert list(encode._groups([(400, 500)] * 5)) == [[0, 1, 2, 3, 4]]
+    assert list(encode.encoder._groups([(400, 500)] * 5)) == [[0, 1, 2, 3, 4]]
     monkeypatch.setattr(crops, "BLOCK_BYTES", 15 * 8000)
-    assert list(encode._groups(sliver)) == [[0], [1, 2], [3]]
-    assert list(encode._groups([(300, 300), (1, 1)])) == [[0], [1]]  # one picture is a group, however large
-    assert list(encode._groups([])) == []
+    assert list(encode.encoder._groups(sliver)) == [[0], [1, 2], [3]]
+    assert list(encode.encoder._groups([(300, 300), (1, 1)])) == [[0], [1]]  # one picture is a group, however large
+    assert list(encode.encoder._groups([])) == []
 
 
 def test_bf16_is_close_and_says_when_it_is_slow(registry, pictures):
@@ -479,7 +481,7 @@ def test_an_encoder_may_be_prepared_for_a_device_that_is_elsewhere(monkeypatch):
         warnings.simplefilter("error")
         encoder = encode.load("birdlets-tiny", device="cpu", precision="fp16", runs_on="cuda")
     assert (encoder.device.type, encoder.precision) == ("cpu", "fp16")
-    assert encoder.batch_size == encode._default_batch_size(48, torch.device("cuda")) != 64
+    assert encoder.batch_size == encode.encoder._default_batch_size(48, torch.device("cuda")) != 64
     assert encoder.to("meta").batch_size == encoder.batch_size
 
 

@@ -1,0 +1,226 @@
+"""Data sets by name: Birdlets, every data set of the five papers in its official layout, anybody's pictures.
+
+`load` reads what is on the disk and checks it against the registry; nothing is downloaded unless `download` is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.datasets as tv
+from torch import Tensor
+
+from upclose import birdlets, paths
+from upclose.datasets import adapters, registry
+from upclose.datasets.adapters import Items, Record
+from upclose.features import Dataset
+from upclose.images import load_image
+
+DOWNLOADS = {
+    "oxford-pets": lambda root: tv.OxfordIIITPet(root, download=True),
+    "dtd": lambda root: tv.DTD(root, download=True),
+    "food101": lambda root: tv.Food101(root, download=True),
+    "places365": lambda root: tv.Places365(root / "places365", split="val", small=True, download=True),
+    "flowers102": lambda root: tv.Flowers102(root, download=True),
+    "fgvc-aircraft": lambda root: tv.FGVCAircraft(root, download=True),
+}
+
+
+class CountWarning(UserWarning):
+    """A data set holds another number of pictures than the registry says."""
+
+
+class Listed:
+    """A data set whose pictures lie on the disk. See `upclose.features.Dataset`.
+
+    Args:
+        name, split: of the data set
+        items: what it holds
+        root: keys are paths relative to it
+
+    Raises:
+        FileNotFoundError: a picture of the list is not there
+    """
+
+    def __init__(self, name: str, split: str, items: Items, root: Path):
+        self.name, self.split, self.root = name, split, root
+        self.class_names = list(items.class_names)
+        self.files = items.files
+        self.label = np.asarray(items.label, dtype=np.int64)
+        self.domain = None if items.domain is None else np.asarray(items.domain, dtype=np.int64)
+        self.domain_names = list(items.domain_names)
+        self.key = [_key(file, root) for file in self.files]
+        self.fingerprint = _fingerprint(self)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, i: int) -> Tensor:
+        """Picture i, uint8 (3, H, W).
+
+        Raises:
+            upclose.images.ImageError: it cannot be read
+        """
+        file = self.files[i]
+        if isinstance(file, Record):
+            pixels = np.fromfile(file.file, dtype=np.uint8, count=3072, offset=file.offset)
+            return torch.from_numpy(pixels.reshape(3, 32, 32))
+        return load_image(file)
+
+    def select(self, index: Sequence[int] | np.ndarray) -> Listed:
+        """The same data set with some of its items, in the order of `index`."""
+        part = lambda values: None if values is None else [values[int(i)] for i in index]  # noqa: E731
+        items = Items(
+            part(self.files), part(self.label), self.class_names, None, part(self.domain), tuple(self.domain_names)
+        )
+        return Listed(self.name, self.split, items, self.root)
+
+
+def _key(file: Path | Record, root: Path) -> str:
+    if isinstance(file, Record):
+        return f"{_key(file.file, root)}@{file.offset}"
+    return Path(os.path.relpath(file, root)).as_posix()
+
+
+def _fingerprint(data: Listed) -> str:
+    digest = hashlib.sha256(repr([data.name, data.split, data.class_names, data.domain_names]).encode())
+    missing = []
+    sizes: dict[Path, int] = {}
+    domain = np.zeros(len(data), int) if data.domain is None else data.domain
+    for file, key, label, part in zip(data.files, data.key, data.label, domain):
+        path = file.file if isinstance(file, Record) else file
+        try:
+            size = sizes[path] if path in sizes else sizes.setdefault(path, os.stat(path).st_size)
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(path)
+            continue
+        digest.update(f"{key}\x1f{size}\x1f{label}\x1f{part}\n".encode())
+    if missing:
+        raise FileNotFoundError(
+            f"{data.name} {data.split}: {len(missing)} of {len(data)} listed pictures are not there, the first is "
+            f"{missing[0]}; unpack the archive again"
+        )
+    return digest.hexdigest()[:32]
+
+
+def load(
+    name: str,
+    split: str = "test",
+    root: str | Path | None = None,
+    limit: int | None = None,
+    protocol: str | None = None,
+    domain: str | None = None,
+    **options,
+) -> Dataset:
+    """A data set of the registry, "birdlets", or "imagefolder:PATH".
+
+    Args:
+        name: of the data set
+        split: "test", "validation" or "train"
+        root: the folder that holds the data sets' folders; None for `paths.data()`
+        limit: only so many items: every (n / limit)-th of the list, so that no class is left out that need not be
+        protocol: whose split; None or "" for the registry's default
+        domain: one of the data set's domains, several joined by "+", or "all"; None for the default
+        options: Birdlets' are those of `birdlets.dataset`
+
+    Raises:
+        ValueError: an unknown data set, split, protocol, domain or option; classes that are not the registry's
+        FileNotFoundError: its folder, a list or a picture is not there; says how to get it
+
+    Warns:
+        CountWarning: it holds another number of items than the registry says
+    """
+    if split not in registry.SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(registry.SPLITS)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: a data set needs at least one item")
+    if name == "birdlets":
+        given = {"domain": domain} if domain else {}
+        return birdlets.dataset(split, **given, **({"n": limit} if limit else {}), **options)
+    if options:
+        raise ValueError(f"{name} has no option {next(iter(options))!r}; it takes root, limit, protocol and domain")
+    if name.startswith("imagefolder:"):
+        data = _imagefolder(Path(name.partition(":")[2]).expanduser(), split)
+    else:
+        data = _registered(registry.entry(name, protocol), split, Path(root) if root else paths.data(), domain)
+    if limit and limit < len(data):
+        data = data.select(np.arange(limit) * len(data) // limit)
+    return data
+
+
+def _imagefolder(folder: Path, split: str) -> Listed:
+    """PATH/class/*.jpg, or PATH/split/class/*.jpg where PATH holds folders of splits only."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; imagefolder:PATH needs one folder a class in PATH")
+    if set(adapters.class_folders(folder)) & set(registry.SPLITS) and (folder / split).is_dir():
+        folder = folder / split
+    items = adapters.from_folders(folder)
+    if not items.files:
+        raise ValueError(f"{folder} holds no pictures; imagefolder:PATH needs one folder a class, PATH/class/*.jpg")
+    adapters.check(items, f"imagefolder:{folder}")
+    return Listed("imagefolder", split, items, folder)
+
+
+def _registered(entry: registry.Entry, split: str, root: Path, domain: str | None) -> Listed:
+    if not (expected := getattr(entry, split)):
+        there = [name for name in registry.SPLITS if getattr(entry, name)]
+        raise ValueError(f"{entry.dataset} ({entry.protocol}) has no split {split!r}; there are {', '.join(there)}")
+    folder, where = root / entry.folder, f"{entry.dataset} ({entry.protocol}) {split}"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{where} is not at {folder}: {get(entry)}, or set UPCLOSE_DATA")
+    try:
+        items = adapters.read(folder, split, entry)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: there is no {error.filename}: {get(entry)}") from None
+    except (RuntimeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{where}: {folder} is not in the official layout ({error}): {get(entry)}") from None
+    adapters.check(items, where)
+    if len(items.class_names) != entry.classes:
+        raise ValueError(f"{where}: {folder} has {len(items.class_names)} classes, not {entry.classes}: {get(entry)}")
+    if entry.domains:
+        expected = sum(counts[split == "test"] for counts in entry.domains.values())
+    if len(items.files) != expected:
+        warnings.warn(f"{where}: {len(items.files):,} pictures, not {expected:,}", CountWarning, stacklevel=3)
+    data = Listed(entry.dataset, split, items, root)
+    return _of_domains(data, domain) if domain and domain != "all" else data
+
+
+def _of_domains(data: Listed, domain: str) -> Listed:
+    for part in domain.split("+"):
+        if part not in data.domain_names:
+            raise ValueError(
+                f"{data.name} {data.split} has no domain {part!r}; {', '.join(data.domain_names) or 'none'}"
+            )
+    wanted = [data.domain_names.index(part) for part in domain.split("+")]
+    return data.select(np.flatnonzero(np.isin(data.domain, wanted)))
+
+
+def get(entry: registry.Entry) -> str:
+    """How to get a data set, as a clause of a sentence."""
+    if entry.get == "datasets.download":
+        return f"get it with upclose.datasets.download({entry.dataset!r})"
+    return f"get {entry.get or 'it'} ({entry.homepage})"
+
+
+def download(name: str, root: str | Path | None = None) -> None:
+    """Get a data set where torchvision can.
+
+    Args:
+        name: of the data set
+        root: see `load`
+
+    Raises:
+        ValueError: torchvision has no download of it; says where to get it
+    """
+    entry = registry.entry(name)
+    if name not in DOWNLOADS:
+        raise ValueError(f"{name} has to be fetched by hand: {get(entry)}")
+    folder = Path(root) if root else paths.data()
+    folder.mkdir(parents=True, exist_ok=True)
+    DOWNLOADS[name](folder)
