@@ -318,8 +318,8 @@ def test_an_unusable_queue_or_zero_shot_table_is_an_error(world):
 
 
 def test_of_equal_entropies_the_oldest_stay():
-    assert dnd._leave([0, 0], [0.5, 0.5], 1) == [2, 1]
-    assert dnd._leave([0, 0, 0], [0.5, 0.5, 0.1], 2) == [3, 2, 3]
+    assert tip_adapter.queue([0, 0], [0.5, 0.5], 1) == [2, 1]
+    assert tip_adapter.queue([0, 0, 0], [0.5, 0.5, 0.1], 2) == [3, 2, 3]
 
 
 def test_exact_plans_have_the_exact_cost():

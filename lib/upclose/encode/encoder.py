@@ -196,6 +196,48 @@ class Encoder:
         self._text.update(zip(new, itertools.chain.from_iterable(found)))
         return torch.stack([self._text[s] for s in text]) if text else torch.empty(0, self.dim, device=self.device)
 
+    def embed_prompts(self, text: Sequence[str], context: str) -> tuple[Tensor, Tensor]:
+        """The tokens of L prompts that begin with the same words, and the embeddings of those words.
+
+        Returns:
+            tokens: (L, T) int64, cut behind the longest prompt
+            embedding: (n, W) of the n tokens of `context`, which stand at positions 1 to n of every prompt
+
+        Raises:
+            ValueError: the text tower takes no embedded tokens, or a prompt does not begin with the context
+        """
+        if type(self.model) is not CLIP or self.model.attn_mask is None:
+            raise ValueError(
+                f"the text tower of {self.name!r} takes no embedded tokens: prompt tuning needs a plain CLIP, such as "
+                "'ViT-B-32-quickgelu'"
+            )
+        tokens, words = self.tokenize(list(text)).to(self.device), self.tokenize([context])[0].to(self.device)
+        n = int(words.argmax()) - 1
+        for sentence, row in zip(text, tokens):
+            if not torch.equal(row[: n + 1], words[: n + 1]):
+                raise ValueError(f"the prompt {sentence!r} does not begin with {context!r}")
+        return tokens[:, : int(tokens.argmax(1).max()) + 1], self.model.token_embedding(words[1 : n + 1]).detach()
+
+    def encode_embedded(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """Prompts whose first words are given as embeddings, with gradients.
+
+        Args:
+            tokens: (L, T) int64, from `embed_prompts`
+            context: (B, n, W), one for each of B images, in place of the tokens at positions 1 to n
+
+        Returns:
+            (B, L, D), not of unit norm
+        """
+        model, (rows, length) = self.model, tokens.shape
+        own = model.token_embedding(tokens).expand(len(context), rows, length, -1)
+        shared = context[:, None].expand(-1, rows, -1, -1)
+        x = torch.cat([own[:, :, :1], shared, own[:, :, 1 + context.shape[1] :]], dim=2).flatten(0, 1)
+        with self._arithmetic():
+            x = model.transformer(x + model.positional_embedding[:length], attn_mask=model.attn_mask[:length, :length])
+            x = model.ln_final(x).unflatten(0, (len(context), rows))
+            end = tokens.argmax(1)[None, :, None, None].expand(len(context), -1, 1, x.shape[-1])
+            return x.gather(2, end)[:, :, 0] @ model.text_projection
+
     def _check_cls(self, cls: bool) -> None:
         if cls and not isinstance(self.visual, VisionTransformer):
             raise ValueError(

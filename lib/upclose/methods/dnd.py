@@ -14,9 +14,7 @@ The class of least cost is predicted; the few-shot cache votes as Tip-Adapter's 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
-from heapq import heappush, heapreplace
 from typing import NamedTuple
 
 import torch
@@ -239,7 +237,7 @@ def stream(
         raise ValueError(f"zero {tuple(zero.shape)}, but there are {len(views.crop)} images, {len(text.label)} classes")
     log_p = (scale * zero.double()).log_softmax(1)
     entropy, pseudo = -(log_p.exp() * log_p).sum(1), zero.argmax(1)
-    leave = torch.tensor(_leave(pseudo.tolist(), entropy.tolist(), capacity), device=zero.device)
+    leave = torch.tensor(tip_adapter.queue(pseudo.tolist(), entropy.tolist(), capacity), device=zero.device)
     step = torch.arange(len(zero), device=zero.device)
     queued = (leave > step).nonzero().flatten()
     cache = local_cache(views.select(queued), pseudo[queued], text)
@@ -252,23 +250,6 @@ def stream(
         near = tip_adapter.affinity(crop.flatten(0, 1), cache.key[seen], beta).unflatten(1, crop.shape[:2]).mean(2)
         fused.append(zero[now] + alpha * tip_adapter.votes(near * held, cache.label[seen], zero.shape[1]))
     return torch.cat(fused)
-
-
-def _leave(pseudo: list[int], entropy: list[float], capacity: int) -> list[int]:
-    """The step at which each image of a stream leaves its class's queue; its own step if it never joins."""
-    queues = defaultdict(
-        list
-    )  # class -> heap of (-entropy, -step): the least certain first, of equal ones the youngest
-    leave = list(range(len(pseudo)))
-    for step, (c, h) in enumerate(zip(pseudo, entropy)):
-        if len(queues[c]) < capacity:
-            heappush(queues[c], (-h, -step))
-        elif h < -queues[c][0][0]:
-            leave[-heapreplace(queues[c], (-h, -step))[1]] = step
-        else:
-            continue
-        leave[step] = len(pseudo)
-    return leave
 
 
 def _check(views: Views, text: Text) -> None:

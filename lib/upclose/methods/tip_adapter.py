@@ -14,7 +14,9 @@ paper writes 100 f W_c^T, so its alpha is 100 times ours.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from heapq import heappush, heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +52,33 @@ def shots(label: np.ndarray | Tensor, k: int, seed: int = 0) -> Tensor:
     label = np.asarray(label)
     drawn = [seeds.rng(seed, "shots", int(c)).permutation(np.flatnonzero(label == c))[:k] for c in np.unique(label)]
     return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *drawn]))
+
+
+def queue(answer: list[int], entropy: list[float], capacity: int) -> list[int]:
+    """When each image of a stream leaves its class's queue of the most certain ones.
+
+    An image joins the queue of its answer while there is room, or in the place of the least certain one when its own
+    entropy is lower; of equal entropies the youngest leaves first.
+
+    Args:
+        answer: of n images, in the order in which they come
+        entropy: of their predictions
+        capacity: images that a class's queue holds
+
+    Returns:
+        n steps: n for those that stay to the end, its own step for an image that never joins
+    """
+    queues = defaultdict(list)  # class -> heap of (-entropy, -step): the least certain first
+    leave = list(range(len(answer)))
+    for step, (c, h) in enumerate(zip(answer, entropy)):
+        if len(queues[c]) < capacity:
+            heappush(queues[c], (-h, -step))
+        elif capacity and h < -queues[c][0][0]:
+            leave[-heapreplace(queues[c], (-h, -step))[1]] = step
+        else:
+            continue
+        leave[step] = len(answer)
+    return leave
 
 
 def affinity(image: Tensor, key: Tensor, beta: float) -> Tensor:
