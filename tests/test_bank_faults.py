@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,3 +421,57 @@ def test_a_shard_carries_its_own_checksum():
         assert store.unpack_errors(bytes(flipped)) is None, position
     for length in range(0, len(content), 7):
         assert store.unpack_errors(content[:length]) is None
+
+
+def test_a_bank_under_another_banks_key_is_not_read(tmp_path):
+    """Two banks of one shape, told apart by their keys alone."""
+    ours, theirs = (build(tmp_path, encoder=FakeEncoder(seed)) for seed in (0, 1))
+    folder = Path(ours.folder.path)
+    shutil.rmtree(folder)
+    shutil.copytree(theirs.folder.path, folder)
+    with pytest.raises(BankError, match="manifest of another bank"):
+        bank.verify(tmp_path, folder.name)
+    (folder / "manifest.json").unlink()  # an unfinished build with shards of other weights
+    again = build(tmp_path, encoder=FakeEncoder(0))
+    assert torch.equal(
+        again.read()[0].crop, bank.build(FakeDataset(), FakeEncoder(0), PLAN, tmp_path / "b", shard=8).read()[0].crop
+    )
+
+
+def test_damage_that_keeps_the_size_is_found_by_the_first_read(tmp_path):
+    held = build(tmp_path)
+    shard = sorted(Path(held.folder.path).glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(BankError, match="checksum"):
+        held.read()
+
+
+def test_a_link_in_a_banks_place_is_not_followed(tmp_path):
+    name = build(tmp_path / "other").folder.name
+    (tmp_path / "home").mkdir()
+    kept = tmp_path / "home" / "thesis.txt"
+    kept.write_text("years of work")
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / name).symlink_to(tmp_path / "home")
+    for call in (
+        lambda: build(tmp_path / "bank"),
+        lambda: bank.rm(tmp_path / "bank", name),
+        lambda: bank.verify(tmp_path / "bank", name, mend=True),
+    ):
+        with pytest.raises(BankError, match="is a link"):
+            call()
+    with pytest.warns(UserWarning, match="is a link and no bank"):
+        assert bank.ls(tmp_path / "bank") == []
+    assert kept.read_text() == "years of work"
+
+
+def test_what_is_not_the_banks_stays_in_its_folder(tmp_path):
+    name = build(tmp_path / "other").folder.name
+    (tmp_path / name).mkdir()
+    kept = tmp_path / name / "notes.txt"
+    kept.write_text("mine")
+    build(tmp_path)
+    bank.rm(tmp_path, name)
+    assert [file.name for file in (tmp_path / name).iterdir()] == ["notes.txt"]

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import trees
 from upclose import datasets, images
@@ -285,3 +286,19 @@ def test_birdlets_keep_their_own_options():
     data = datasets.load("birdlets", "validation", limit=12, domain="sketch", classes=5)
     assert len(data) == 12
     assert data.domain_names == ["sketch"]
+
+
+def test_folders_of_equal_names_and_sizes_are_told_apart_by_content(tmp_path):
+    for name, value in (("clean", 10), ("noisy", 20)):
+        for label in ("owl", "tern"):
+            (tmp_path / name / label).mkdir(parents=True)
+            Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(tmp_path / name / label / "a.bmp")
+    first, second = (datasets.load(f"imagefolder:{tmp_path / name}") for name in ("clean", "noisy"))
+    assert first.fingerprint != second.fingerprint
+
+
+def test_a_class_may_be_called_train_and_system_folders_are_none(tmp_path):
+    for label in ("train", "ship", "__MACOSX", "@eaDir"):
+        (tmp_path / label).mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / label / "a.png")
+    assert datasets.load(f"imagefolder:{tmp_path}", "train").class_names == ["ship", "train"]

@@ -1,7 +1,10 @@
 """The encoder against open_clip's own forward, PIL's pixels and a naive loop; every way in, every error."""
 
 import json
+import os
+import pickle
 import warnings
+import zipfile
 
 import numpy as np
 import open_clip
@@ -837,3 +840,57 @@ def test_identity_downloads_nothing_and_is_the_fingerprint_of_what_is_here(monke
     assert encode.identity("birdlets-tiny") == encode.load("birdlets-tiny", device="cpu").fingerprint
     with pytest.raises(ValueError, match="no-such-model"):
         encode.identity("no-such-model", "openai")
+
+
+class Writes(torch.nn.Module):
+    """A module whose archive writes a file when it is loaded as a program."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+        self.layer = torch.nn.Linear(3, 2)
+        self.register_buffer("count", torch.arange(4))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.path, self.layer.weight, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]) -> None:
+        self.path = state[0]
+        self.training = state[2]
+        torch.save(state[1], state[0])
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_the_program_in_an_archive_is_not_executed(tmp_path):
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    torch.jit.script(plain).save(tmp_path / "plain.pt")
+    found = encode.sources.script_state(tmp_path / "plain.pt")
+    assert found.keys() == plain.state_dict().keys()
+    assert all(torch.equal(found[key], value) for key, value in plain.state_dict().items())
+
+    mark = tmp_path / "was-here"
+    try:
+        torch.jit.script(Writes(str(mark))).save(tmp_path / "bad.pt")
+    except Exception as error:  # a release that cannot write such an archive
+        pytest.skip(f"torch cannot make the archive: {type(error).__name__}")
+    mark.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"bad\.pt"):
+        encode.load("ViT-B-32", tmp_path / "bad.pt", device="cpu")
+    assert not mark.exists()
+
+
+def test_an_archive_that_asks_for_other_functions_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was-here"),)
+
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps(Evil()))
+        archive.writestr("x/constants.pkl", b"")
+    with pytest.raises(ValueError, match=r"mkdir"):
+        encode.load("ViT-B-32", tmp_path / "x.pt", device="cpu")
+    assert not (tmp_path / "was-here").exists()

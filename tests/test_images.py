@@ -1,6 +1,7 @@
 """Every kind of image file has a defined outcome."""
 
 import errno
+import os
 import struct
 import zlib
 
@@ -197,3 +198,16 @@ def test_the_error_is_rebuilt_from_its_arguments():
     error = ImageError("a.jpg", "empty")
     again = type(error)(*error.args)  # what crossing a process boundary does
     assert (again.path, again.reason, str(again)) == ("a.jpg", "empty", str(error))
+
+
+def test_a_program_that_is_called_a_picture_is_not_run(tmp_path):
+    file = tmp_path / "x.jpg"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n")
+    with pytest.raises(ImageError, match="none of JPEG, PNG"):
+        load_image(file)
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.raises(ImageError, match="no regular file"):
+        load_image(tmp_path / "x.jpg")

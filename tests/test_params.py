@@ -1,4 +1,5 @@
 import ast
+import os
 import typing
 
 import nbformat
@@ -230,3 +231,11 @@ def test_every_shipped_file_resolves_against_its_notebook():
     assert files
     for file in files:
         assert params.jobs(file), file
+
+
+def test_a_sheet_cannot_run_a_notebook_of_another_place(tmp_path):
+    (tmp_path / "elsewhere.ipynb").write_text("{}")
+    outside = os.path.relpath(tmp_path / "elsewhere", paths.NOTEBOOKS)
+    for name in (outside, str(tmp_path / "elsewhere.ipynb")):
+        with pytest.raises(ParameterError, match="is not in"):
+            params.notebook_path(name)

@@ -92,3 +92,15 @@ def test_pages_that_are_lacking_or_old_are_written_and_others_left(day):
     (other / "run.json").write_text(json.dumps(FACTS))
     report.refresh(root)
     assert '<h2 id="02_lazsl-1">' in page.read_text()
+
+
+def test_a_damaged_run_hides_no_other(day):
+    for name, content in (("a-cut", "{"), ("b-list", "[]"), ("c-lacking", "{}")):
+        (day / name).mkdir()
+        (day / name / "run.json").write_text(content)
+    (day / "d-folder" / "run.json").mkdir(parents=True)
+    page = report.write(day).read_text()
+    table = rows(page, 0)
+    assert [row[2].split(":")[0] for row in table[1:]] == ["complete", "damaged", "damaged", "damaged"]
+    assert "C1" in page
+    report.refresh(day.parent)

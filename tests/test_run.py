@@ -8,11 +8,12 @@ import time
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from upclose import cli, params, paths, report, run
+from upclose import cli, compare, params, paths, report, run
 from upclose.params import ParameterError
 
 CELL = 'dataset: str = "birdlets"  # which\nimages: int = 20  # how many\nseed: int = 0  # of it\n'
@@ -307,19 +308,87 @@ def test_a_full_results_folder(lab, monkeypatch, capsys):
     assert "MiB are free" in capsys.readouterr().err
 
 
+def start(lab, tmp_path, file, *options):
+    """`upclose run` in a process of its own."""
+    code = (
+        "import signal, sys, pathlib; from upclose import paths, cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs inherit it ignored
+        f"paths.NOTEBOOKS = pathlib.Path(r'{tmp_path / 'notebooks'}'); "
+        f"sys.exit(cli.main(['run', r'{file}', *{list(options)!r}]))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.time() + seconds
+    while not condition() and time.time() < deadline:
+        time.sleep(0.2)
+    assert condition()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_call_leaves_no_process_and_the_next_one_completes(lab, tmp_path, number):
+    pids = tmp_path / "pids"
+    body = (
+        "import os, time, pathlib\n"
+        f"if not pathlib.Path(r'{pids}').exists():\n"
+        f"    pathlib.Path(r'{pids}').write_text(f'{{os.getpid()}} {{os.getppid()}}')\n    time.sleep(600)\n"
+    )
+    file = lab(body + BODY)
+    first = start(lab, tmp_path, file)
+    wait_for(lambda: pids.exists() and pids.read_text())
+    os.kill(first.pid, number)
+    first.wait(60)
+    wait_for(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids.read_text().split()), 60)
+    (outcome,) = run.execute(run.plan(params.jobs(file)))
+    assert outcome.status == "done"
+    assert not paths.damage(outcome.folder)
+    assert not list(lab.root.glob("*/.partial-*"))
+
+
+def test_the_same_run_started_twice_is_run_once_and_whole(lab, tmp_path):
+    file = lab("import time\ntime.sleep(3)\n" + BODY)
+    calls = [start(lab, tmp_path, file) for _ in range(3)]
+    assert [call.wait(180) for call in calls] == [0, 0, 0]
+    (folder,) = (found.parent for found in lab.root.glob("*/*/run.json"))
+    assert not paths.damage(folder)
+    assert {"metrics.csv", "notebook.ipynb", "params.yaml"} <= set(
+        json.loads((folder / "run.json").read_text())["files"]
+    )
+
+
+def test_a_damaged_run_is_named_and_run_again_on_request(lab, capsys):
+    file = lab()
+    (first,) = run.execute(run.plan(params.jobs(file)))
+    metrics = first.folder / "metrics.csv"
+    whole = metrics.read_text()
+    metrics.write_text(whole.replace("100.0", "10.0"))
+    assert cli.main(["run", str(file)]) == 2
+    assert "metrics.csv is not what the run wrote" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="is left out: metrics.csv"), pytest.raises(FileNotFoundError):
+        compare.collect(lab.root)
+    assert "damaged: metrics.csv" in report.write(first.folder.parent).read_text()
+    assert cli.main(["run", str(file), "--force"]) == 0
+    assert metrics.read_text() == whole
+    assert not list(lab.root.glob("*/.before-*"))
+
+
+def test_a_forced_run_that_fails_keeps_the_earlier_one(lab, tmp_path):
+    body = f"import pathlib\nif pathlib.Path(r'{tmp_path / 'bad'}').exists():\n    raise RuntimeError('no')\n"
+    file = lab(body + BODY)
+    (first,) = run.execute(run.plan(params.jobs(file)))
+    (tmp_path / "bad").write_text("")
+    (second,) = run.execute(run.plan(params.jobs(file), force=True))
+    assert second.status == "failed"
+    assert not paths.damage(first.folder)
+
+
 @pytest.mark.parametrize("stop", [os.killpg, os.kill])  # Ctrl-C reaches every process, a scheduler's signal the first
 def test_interrupted_runs_are_not_complete_and_the_next_call_goes_on(lab, tmp_path, stop):
     body = "import time, pathlib\nif images == 2 and not pathlib.Path(r'%s').exists():\n    time.sleep(600)\n"
     file = lab(body % (tmp_path / "go"), "notebook: small\ngrid: {images: [1, 2]}\n")
-    code = (
-        "import signal, sys, pathlib; from upclose import paths, cli; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs inherit it ignored
-        f"paths.NOTEBOOKS = pathlib.Path(r'{tmp_path / 'notebooks'}'); sys.exit(cli.main(['run', r'{file}']))"
-    )
-    started = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
-    deadline = time.time() + 120
-    while not list(lab.root.glob("*/.partial-small-2*/params.yaml")) and time.time() < deadline:
-        time.sleep(0.2)
+    started = start(lab, tmp_path, file)
+    wait_for(lambda: list(lab.root.glob("*/.partial-small-2*/params.yaml")))
     time.sleep(1)
     stop(started.pid, signal.SIGINT)
     assert started.wait(90) == 130

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -220,13 +223,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; an error that the user can mend is one sentence and exit code 2."""
     options = parser().parse_args(arguments)
     try:
-        return options.function(options)
+        with _signals_stop():
+            status = options.function(options)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     except _expected() as error:
         print(f"upclose {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """SIGTERM and SIGHUP, as a batch system sends them, stop a command as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    with suppress(ValueError):  # only the main thread may
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _expected() -> tuple[type[Exception], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -69,6 +70,10 @@ def collect(root: Path) -> pd.DataFrame:
         FileNotFoundError: there is none
     """
     runs = sorted(root.glob("*/[!.]*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
+    for file in list(runs):
+        if why := paths.damage(file.parent):
+            warnings.warn(f"{file.parent} is left out: {why}", stacklevel=2)
+            runs.remove(file)
     if not (tables := [file.with_name("metrics.csv") for file in runs if file.with_name("metrics.csv").is_file()]):
         raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
     return pd.concat([_read(file) for file in tables], ignore_index=True)

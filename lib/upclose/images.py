@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
+FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", *(["AVIF"] if features.check("avif") else [])]
+"""What is decoded, by content and not by name. Pillow would hand others, such as EPS, to programs that run them."""
 
 
 class ImageError(ValueError):
@@ -37,18 +40,20 @@ def load_image(path: str | os.PathLike) -> Tensor:
     does. 32-bit and floating point pixels are refused: nothing in the file says which number is white.
 
     Args:
-        path: of a file in any format that Pillow reads
+        path: of a regular file in one of `FORMATS`
 
     Returns:
         uint8 (3, H, W)
 
     Raises:
-        ImageError: the file is missing, empty, cut short, no image, of 32-bit or floating point numbers, or has more
-            than `MAX_PIXELS` pixels (looked up in its header, before anything is decoded)
+        ImageError: the file is missing, no regular file, empty, cut short, of no known format, of 32-bit or floating
+            point numbers, or has more than `MAX_PIXELS` pixels (looked up in its header, before anything is decoded)
         OSError: the disk or the network failed, which says nothing about the picture
     """
     try:
-        with Image.open(path) as image:
+        if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
+            raise ImageError(path, "it is no regular file but a pipe, a socket or a device")
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(path, f"{width} x {height} pixels are more than {MAX_PIXELS:,} (decompression bomb?)")
@@ -79,4 +84,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _not_an_image(path: str | os.PathLike) -> str:
     with Path(path).open("rb") as file:
         start = file.read(16)
-    return f"no image format that Pillow knows (begins with {start!r})" if start else "the file is empty (0 bytes)"
+    if not start:
+        return "the file is empty (0 bytes)"
+    hint = ": HEIC, save it as JPEG" if start[4:8] == b"ftyp" else ""
+    return f"none of {', '.join(FORMATS)} (begins with {start!r}){hint}"

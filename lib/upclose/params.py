@@ -318,6 +318,10 @@ def _name(notebook: Path) -> str:
 def notebook_path(name: str) -> Path:
     """The notebook of a name such as "01_lgca" or "ablations/lgca"."""
     path = paths.NOTEBOOKS / f"{name.removesuffix('.ipynb')}.ipynb"
+    if not path.resolve().is_relative_to(paths.NOTEBOOKS.resolve()):
+        raise ParameterError(
+            f"notebook {name!r} is not in {paths.NOTEBOOKS}: a sheet runs notebooks of this repository only"
+        )
     if not path.is_file():
         known = map(_name, paths.NOTEBOOKS.rglob("*.ipynb"))
         raise ParameterError(f"no notebook {name!r}; {_nearest(name, (k for k in known if 'checkpoint' not in k))}")

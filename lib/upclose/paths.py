@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import uuid
 from pathlib import Path
@@ -44,7 +46,43 @@ def run_folder() -> Path | None:
 def run_name() -> str:
     """The name of that run, empty when there is none."""
     folder = run_folder()
-    return folder.name.removeprefix(".partial-") if folder else ""
+    return name_of(folder) if folder else ""
+
+
+def name_of(folder: Path) -> str:
+    """The name of a run from its folder, which is `.partial-<name>.<something>` until the run is complete."""
+    name = folder.name
+    return name.removeprefix(".partial-").rsplit(".", 1)[0] if name.startswith(".partial-") else name
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder; each is on the disk when this returns."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as open_file:
+            found[file.relative_to(folder).as_posix()] = hashlib.file_digest(open_file, "sha256").hexdigest()
+            os.fsync(open_file.fileno())
+    return found
+
+
+def damage(run: Path) -> str:
+    """What is wrong with the files of a complete run, "" when nothing is.
+
+    `run.json` lists them with their checksums; runs that were recorded before it did are believed. The notebook as it
+    was run may be absent, for it is not committed.
+    """
+    try:
+        facts = json.loads((run / "run.json").read_text())
+        listed = dict(facts.get("files", {}))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"run.json cannot be read ({error})"
+    for name, digest in listed.items():
+        if not (run / name).is_file():
+            if name != "notebook.ipynb":
+                return f"{name} is missing"
+        elif hashlib.sha256((run / name).read_bytes()).hexdigest() != digest:
+            return f"{name} is not what the run wrote"
+    return ""
 
 
 def write(path: Path, content: bytes) -> None:

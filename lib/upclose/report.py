@@ -6,13 +6,14 @@ import hashlib
 import html
 import json
 import os
+import warnings
 from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
 from PIL import Image
 
-from upclose import paths
+from upclose import images, paths
 
 VERDICTS = ("holds", "undecided", "fails")
 _STYLE = """
@@ -75,7 +76,7 @@ def _figures(folder: Path) -> str:
         caption = html.escape(file.stem.replace("_", " "))
         link = f"{quote(folder.name)}/figures/{quote(file.name)}"
         picture = f'<a href="{link}"><img src="{link}" alt="{caption}" loading="lazy"></a>'
-        with Image.open(file) as image:
+        with Image.open(file, formats=images.FORMATS) as image:
             whole = ' class="whole"' if image.width > 2.5 * image.height else ""
         cells.append(f"<figure{whole}>{picture}<figcaption>{caption}</figcaption></figure>")
     return f'<div class="figures">{"".join(cells)}</div>' if cells else ""
@@ -100,7 +101,7 @@ def _run(folder: Path, facts: dict) -> str:
 
 
 def _runs(day: Path) -> list[Path]:
-    return sorted(file.parent for file in day.glob("[!.]*/run.json"))
+    return sorted(file.parent for file in day.glob("[!.]*/run.json") if file.is_file())
 
 
 def _stamp(day: Path) -> str:
@@ -110,22 +111,25 @@ def _stamp(day: Path) -> str:
 
 def write(day: Path) -> Path:
     """Write the page of a day's folder, which has at least one complete run, and return its path."""
-    facts = {run: json.loads((run / "run.json").read_text()) for run in _runs(day)}
-    rows = [
-        {
-            "run": run.name,
-            "notebook": known["notebook"].removesuffix(".ipynb"),
-            "status": "complete",
-            "seconds": f"{known['seconds']:.0f}",
-            **verdicts(run),
-        }
-        for run, known in facts.items()
-    ]
-    rows += [
-        dict.fromkeys(rows[0], "") | {"run": left.name.removeprefix(".partial-"), "status": "not complete"}
-        for left in sorted(day.glob(".partial-*"))
-    ]
-    body = "\n".join(_run(run, known) for run, known in facts.items())
+    rows, bodies = [], []
+    blank = dict.fromkeys(["run", "notebook", "status", "seconds", *VERDICTS], "")
+    for run in _runs(day):
+        try:
+            if why := paths.damage(run):
+                raise ValueError(why)
+            facts = json.loads((run / "run.json").read_text())
+            body = _run(run, facts)
+            notebook, seconds = facts["notebook"].removesuffix(".ipynb"), f"{facts['seconds']:.0f}"
+            known = {"notebook": notebook, "status": "complete", "seconds": seconds, **verdicts(run)}
+        except Exception as error:  # one damaged run hides no other
+            known, body = (
+                {"status": f"damaged: {error}"},
+                f'<h2 id="{html.escape(run.name)}">{html.escape(run.name)}</h2>',
+            )
+        rows.append(blank | {"run": run.name} | known)
+        bodies.append(body)
+    rows += [blank | {"run": paths.name_of(left), "status": "not complete"} for left in sorted(day.glob(".partial-*"))]
+    body = "\n".join(bodies)
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>upclose, {html.escape(day.name)}</title>'
         f'<meta name="viewport" content="width=device-width"><meta name="runs" content="{_stamp(day)}">'
@@ -141,5 +145,8 @@ def refresh(root: Path) -> None:
     """Write the page of every day below a results folder that has complete runs and no page of just these."""
     for day in sorted({file.parents[1] for file in root.glob("*/[!.]*/run.json")}):
         page = day / "index.html"
-        if not page.exists() or f'name="runs" content="{_stamp(day)}"' not in page.read_text():
-            write(day)
+        try:
+            if not page.exists() or f'name="runs" content="{_stamp(day)}"'.encode() not in page.read_bytes():
+                write(day)
+        except OSError as error:
+            warnings.warn(f"the page {page} cannot be written: {error}", stacklevel=2)

@@ -1,8 +1,8 @@
 """Runs: a parameter file's grid through papermill into `results/YYYY-MM-DD/<run>/`.
 
-A run is complete when its `run.json` stands in its folder; it is the last file to be written, into a folder that gets
-its name only then. A run whose hash (parameters, weights, prompts, data, code) is complete at any date is not run
-again.
+A run is complete when its `run.json` stands in its folder. It is the last file to be written, into a folder that gets
+its name only then, and it lists the other files with their checksums. One process at a time works on a run. A run whose
+hash (parameters, weights, prompts, data, code) is complete at any date is not run again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import queue
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -35,6 +38,7 @@ import pandas as pd
 import psutil
 import torch
 import yaml
+from filelock import FileLock
 from tqdm import tqdm
 
 from upclose import datasets, encode, paths, prompts, report
@@ -64,6 +68,7 @@ class Plan(NamedTuple):
     hashes: dict[str, str]
     complete: Path | None
     missing: str
+    forced: bool = False
 
     @property
     def run(self) -> str:
@@ -201,10 +206,18 @@ def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False, her
         hashes, missing = ingredients(job, here)
         facts = json.dumps([job.values, hashes], sort_keys=True, default=str)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
-        found = [] if force else sorted(root.glob(f"*/{job.name}-{digest}/run.json"))
-        item = Plan(job, digest, hashes, found[-1].parent if found else None, "; ".join(missing))
+        found = None if force else _complete(root, f"{job.name}-{digest}")
+        if found and (why := paths.damage(found)):
+            missing, found = [f"the complete run {found} is damaged ({why}): --force runs it again"], None
+        item = Plan(job, digest, hashes, found, "; ".join(missing), force)
         plans.setdefault(item.run, item)
     return list(plans.values())
+
+
+def _complete(root: Path, run: str) -> Path | None:
+    """The last complete folder of a run, at any date."""
+    found = sorted(file for file in root.glob(f"*/{run}/run.json") if file.is_file())
+    return found[-1].parent if found else None
 
 
 def _check_root(root: Path) -> None:
@@ -229,16 +242,26 @@ def _git(*command: str) -> str:
 
 
 def _partial(item: Plan, day: Path) -> Path:
-    return day / f".partial-{item.run}"
+    return day / f".partial-{item.run}.{uuid.uuid4().hex[:8]}"
 
 
-def _execute(item: Plan, day: Path, ticks: Any = None) -> Outcome:
-    """Run one notebook in this process; whatever goes wrong is that run's failure alone."""
-    start = time.time()
+def _execute(item: Plan, partial: Path, ticks: Any = None) -> Outcome:
+    """Run one notebook in this process; whatever goes wrong is that run's failure alone.
+
+    A process that runs the same run is waited for; what it has completed is not run again.
+    """
+    start, root = time.time(), partial.parent.parent
     try:
-        folder = _run_notebook(item, day, ticks)
+        lock = root / ".locks" / f"{item.run}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            if not item.forced and (found := _complete(root, item.run)) and not paths.damage(found):
+                return Outcome(item.job, "complete", found)
+            for left in root.glob(f"*/.partial-{item.run}.*"):  # of processes that have ended: the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
+            folder = _run_notebook(item, partial, ticks)
     except Exception as error:
-        return Outcome(item.job, "failed", _partial(item, day), time.time() - start, _why(error, _partial(item, day)))
+        return Outcome(item.job, "failed", partial, time.time() - start, _why(error, partial))
     return Outcome(item.job, "done", folder, time.time() - start)
 
 
@@ -250,7 +273,7 @@ def _why(error: Exception, partial: Path) -> str:
     return f"{type(error).__name__}: {error}; see {partial}"
 
 
-def _run_notebook(item: Plan, day: Path, ticks: Any) -> Path:
+def _run_notebook(item: Plan, partial: Path, ticks: Any) -> Path:
     """Run one notebook, whose kernel is this process's only child, and return its complete folder."""
     import papermill
     from papermill.engines import NBClientEngine, papermill_engines
@@ -271,8 +294,7 @@ def _run_notebook(item: Plan, day: Path, ticks: Any) -> Path:
 
     peaks: list[int] = []
     papermill_engines.register("ticking", Ticking)
-    job, partial = item.job, _partial(item, day)
-    shutil.rmtree(partial, ignore_errors=True)
+    job = item.job
     partial.mkdir(parents=True)
     (partial / "params.yaml").write_text(yaml.safe_dump(job.values, sort_keys=False))
     os.environ["UPCLOSE_RUN"] = str(partial)
@@ -310,13 +332,13 @@ def _run_notebook(item: Plan, day: Path, ticks: Any) -> Path:
     }
     facts.unlink(missing_ok=True)
     log.unlink()
-    with (partial / "run.json").open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    final = day / item.run
-    shutil.rmtree(final, ignore_errors=True)
+    content["files"] = paths.checksums(partial)
+    paths.write(partial / "run.json", json.dumps(content, indent=1).encode())
+    final, before = partial.with_name(item.run), partial.with_name(partial.name.replace("partial", "before", 1))
+    if final.exists():  # an earlier run of a forced one goes when the new one stands
+        final.rename(before)
     partial.rename(final)
+    shutil.rmtree(before, ignore_errors=True)
     return final
 
 
@@ -347,15 +369,16 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, 
 
     def apart(item: Plan, ticks: Any) -> Outcome:
         receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(item, day, ticks, threads, send))
+        partial = _partial(item, day)
+        process = context.Process(target=_child, args=(item, partial, ticks, threads, send))
         process.start()
         running.append(process)
         send.close()
         try:
             return receive.recv()
         except EOFError:
-            why = f"its process was killed, as when memory is short; see {_partial(item, day)}"
-            return Outcome(item.job, "failed", _partial(item, day), error=why)
+            why = f"its process was killed, as when memory is short; see {partial}"
+            return Outcome(item.job, "failed", partial, error=why)
         finally:
             process.join()
             running.remove(process)
@@ -388,12 +411,27 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, 
                 time.sleep(0.1)
 
 
-def _child(item: Plan, day: Path, ticks: Any, threads: int, send: Connection) -> None:
+def _child(item: Plan, partial: Path, ticks: Any, threads: int, send: Connection) -> None:
     """Run one notebook whose kernel has so many threads, unless the caller has set them; `run.json` states them."""
+    signal.signal(signal.SIGTERM, lambda *_: _end())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)  # torch was imported before and has read the variable already
-    send.send(_execute(item, day, ticks))
+    send.send(_execute(item, partial, ticks))
+
+
+def _end_with_parent() -> None:
+    """However the caller ends, what it has started ends with it."""
+    multiprocessing.parent_process().join()
+    _end()
+
+
+def _end() -> None:
+    for kernel in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            kernel.kill()
+    os._exit(1)
 
 
 def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, Outcome]]:
@@ -406,7 +444,8 @@ def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, O
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         task = ray.remote(num_gpus=gpus, max_calls=1)(_execute)
-        waiting = {task.remote(item, day): item for item in todo}
+        partial = {item.run: _partial(item, day) for item in todo}
+        waiting = {task.remote(item, partial[item.run]): item for item in todo}
         with tqdm(total=len(waiting), unit="run") as bar:
             while waiting:
                 (done,), _ = ray.wait(list(waiting))
@@ -415,7 +454,7 @@ def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, O
                 try:
                     yield item, ray.get(done)
                 except ray.exceptions.RayError as error:  # its node or its process is gone
-                    yield item, Outcome(item.job, "failed", _partial(item, day), error=str(error))
+                    yield item, Outcome(item.job, "failed", partial[item.run], error=str(error))
     finally:
         ray.shutdown()
 

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -36,7 +37,7 @@ from upclose.bank.store import BankError, Store
 from upclose.features import Dataset, Ladder, Plan, Views
 from upclose.images import ImageError
 
-LAYOUT = 1
+LAYOUT = 2
 MANIFEST = "manifest.json"
 KEY = re.compile(r".+-[0-9a-f]{20}")  # of the names that `_key` gives; other folders are nobody's banks
 
@@ -64,7 +65,9 @@ class Bank:
         return self.manifest["errors"]
 
     def read(self, images: slice = slice(None)) -> tuple[Views | Ladder, Tensor, Tensor]:
-        """Some of the images, from disk; nothing else is touched (the files are memory-mapped).
+        """Some of the images, from disk.
+
+        No shard is touched that holds none of them, and each is checked when this process reads it first.
 
         Args:
             images: positions in the data set, without a step
@@ -77,7 +80,7 @@ class Bank:
         Raises:
             ValueError: the slice has a step
             BankError: a shard is missing or damaged
-            OSError, RuntimeError: it cannot be opened or mapped, which says nothing about the shard
+            OSError, RuntimeError: it cannot be opened, which says nothing about the shard
         """
         start, stop, step = images.indices(len(self))
         if step != 1:
@@ -102,10 +105,9 @@ class Bank:
 
     def _rows(self, shard: dict, start: int, stop: int) -> dict[str, Tensor]:
         try:
-            with safe_open(_on_this_machine(self.folder, shard), framework="pt") as file:
-                index = file.get_tensor("index")
-                first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
-                return {name: file.get_slice(name)[first:last] for name in file.keys()}  # noqa: SIM118
+            tensors = load(_content(self.folder, shard))
+            first, last = torch.searchsorted(tensors["index"], torch.tensor([start, stop])).tolist()
+            return {name: tensor[first:last] for name, tensor in tensors.items()}
         except (SafetensorError, FileNotFoundError, BankError) as error:
             raise _damaged(self.folder, [{"shard": shard["name"], "reason": str(error)}]) from error
 
@@ -165,6 +167,7 @@ def build(
     identity = _identity(dataset, encoder, plan, dtype)
     home, name = stores.locate(root), _key(identity)
     folder = home.join(name)
+    stores.refuse_link(folder)
     job = shards.Job(dataset, encoder, plan, dtype, on_error, folder)
     spread = partial(cluster.spread, job, address, workers, gpus) if executor == "ray" else partial(_here, job)
 
@@ -262,7 +265,7 @@ def _fill(job: shards.Job, identity: dict, size: int, progress: bool | None, spr
 
 
 def _survivors(folder: Store, dataset: Dataset) -> list[dict]:
-    """The intact shards of an earlier build, in order; whatever else lies in the folder is removed.
+    """The intact shards of an earlier build, in order; other shards, and halves of them, are removed.
 
     A shard that lists a picture as unreadable, which can be read now, is not one of them.
     """
@@ -272,13 +275,14 @@ def _survivors(folder: Store, dataset: Dataset) -> list[dict]:
         start, stop = map(int, match.groups()) if match else (-1, -1)
         if position <= start < stop <= len(dataset):
             content = stores.read(folder, name)
-            errors = stores.unpack_errors(content)
+            errors = stores.unpack_errors(content, folder.name)
             if errors is not None and not any(_is_readable(dataset, i) for i in errors):
                 kept.append(shards.entry(start, stop, content, errors))
                 position = stop
                 continue
-        with stores.writing(folder):
-            folder.files.rm_file(folder.join(name).path)
+        if stores.OWN.fullmatch(name):
+            with stores.writing(folder):
+                folder.files.rm_file(folder.join(name).path)
     return kept
 
 
@@ -341,6 +345,8 @@ def manifest_of(folder: Store) -> dict:
         raise BankError(f"bank {folder} {state}: run bank.build, or `upclose bank build`, with the same arguments")
     if (manifest := stores.unseal(stores.read(folder, MANIFEST))) is None:
         raise BankError(f"the manifest of bank {folder} is damaged: build again, which reuses every intact shard")
+    if _key(manifest["identity"]) != folder.name:
+        raise BankError(f"bank {folder} holds the manifest of another bank: remove the folder and build again")
     return manifest
 
 
@@ -368,8 +374,25 @@ def _damaged(folder: Store, damage: list[dict]) -> BankError:
     )
 
 
+_CHECKED: set[tuple] = set()  # files whose checksum this process has found right: path, size, time, checksum
+
+
+def _content(folder: Store, shard: dict) -> bytes:
+    """The bytes of a shard, compared with its checksum when this process reads the file first."""
+    path = _on_this_machine(folder, shard)
+    with Path(path).open("rb") as file:
+        facts = os.fstat(file.fileno())
+        content = file.read()
+    seen = (path, facts.st_size, facts.st_mtime_ns, shard["sha256"])
+    if seen not in _CHECKED:
+        if hashlib.sha256(content).hexdigest() != shard["sha256"]:
+            raise BankError("its bytes are not those that were written (checksum)")
+        _CHECKED.add(seen)
+    return content
+
+
 def _on_this_machine(folder: Store, shard: dict) -> str:
-    """The path of a shard that can be memory-mapped: of a remote one a copy in the cache, named by its checksum."""
+    """The path of a shard on this machine: of a remote one a copy in the cache, named by its checksum."""
     if folder.local:
         return folder.join(shard["name"]).path
     copy = cached_copy(shard)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
+import warnings
+from contextlib import nullcontext, suppress
 
 from upclose.bank import bank
 from upclose.bank import store as stores
@@ -20,7 +21,10 @@ def ls(root: str | os.PathLike | None = None) -> list[dict]:
     rows = []
     for item in sorted(home.files.ls(home.path, detail=True), key=lambda item: item["name"]):
         name = item["name"].rstrip("/").rsplit("/", 1)[-1]
-        if item["type"] != "directory" or not bank.KEY.fullmatch(name):
+        if not bank.KEY.fullmatch(name) or item["type"] not in ("directory", "link"):
+            continue
+        if home.local and os.path.islink(home.join(name).path):
+            warnings.warn(f"{home.join(name)} is a link and no bank; it is passed over", stacklevel=2)
             continue
         files = stores.sizes(home.join(name))
         ranges = [[int(x) for x in match.groups()] for match in map(stores.SHARD_NAME.fullmatch, files) if match]
@@ -53,16 +57,18 @@ def verify(root: str | os.PathLike | None, key: str, mend: bool = False) -> list
         stores.BankError: there is no such bank, or it is unfinished
     """
     folder = _existing(root, key)
-    manifest = bank.manifest_of(folder)
-    files, damage = stores.sizes(folder), bank.wrong_sizes(folder, manifest)
-    suspect = {row["shard"] for row in damage}
-    for shard in manifest["shards"]:
-        if shard["name"] not in suspect and _digest(folder, shard) != shard["sha256"]:
-            damage.append({"shard": shard["name"], "reason": "its bytes are not those that were written (checksum)"})
-    if damage and mend:
-        with stores.lock(stores.locate(root), key), stores.writing(folder):
-            for name in [bank.MANIFEST, *(row["shard"] for row in damage if row["shard"] in files)]:
-                folder.files.rm_file(folder.join(name).path)
+    with stores.lock(stores.locate(root), key) if mend else nullcontext():  # what a builder mends is not removed
+        manifest = bank.manifest_of(folder)
+        files, damage = stores.sizes(folder), bank.wrong_sizes(folder, manifest)
+        suspect = {row["shard"] for row in damage}
+        for shard in manifest["shards"]:
+            if shard["name"] not in suspect and _digest(folder, shard) != shard["sha256"]:
+                reason = "its bytes are not those that were written (checksum)"
+                damage.append({"shard": shard["name"], "reason": reason})
+        if damage and mend:
+            with stores.writing(folder):
+                for name in [bank.MANIFEST, *(row["shard"] for row in damage if row["shard"] in files)]:
+                    folder.files.rm_file(folder.join(name).path)
     return sorted(damage, key=lambda row: row["shard"])
 
 
@@ -77,19 +83,20 @@ def rm(root: str | os.PathLike | None, key: str) -> int:
     """
     folder = _existing(root, key)
     with stores.lock(stores.locate(root), key), stores.writing(folder):
-        held = stores.sizes(folder)
+        held = {name: size for name, size in stores.sizes(folder).items() if stores.OWN.fullmatch(name)}
         if not folder.local and bank.MANIFEST in held:
             for shard in (stores.unseal(stores.read(folder, bank.MANIFEST)) or {"shards": []})["shards"]:
                 bank.cached_copy(shard).unlink(missing_ok=True)
         for name in sorted(held, key=lambda name: name != bank.MANIFEST):  # the manifest first: never a finished half
             folder.files.rm_file(folder.join(name).path)
-        with suppress(FileNotFoundError):  # object stores have no folders
+        with suppress(OSError):  # object stores have no folders, and what is not the bank's stays
             folder.files.rmdir(folder.path)
     return sum(held.values())
 
 
 def _existing(root: str | os.PathLike | None, key: str) -> Store:
     home = stores.locate(root)
+    stores.refuse_link(home.join(key))
     known = [row["key"] for row in ls(root)]
     if key not in known:
         raise stores.BankError(f"there is no bank {key!r} in {home}; there are: {', '.join(known) or 'none'}")

@@ -90,7 +90,7 @@ def make(
                 f"the encoder's features of images {start} to {stop - 1} of {dataset.name} are not finite in {dtype}: "
                 "try precision='fp32' or dtype='float32'"
             )
-        content = stores.pack({**tensors, "index": torch.tensor(index, dtype=torch.int64)}, errors)
+        content = stores.pack({**tensors, "index": torch.tensor(index, dtype=torch.int64)}, errors, folder.name)
         entries.append(entry(start, stop, content, errors))
         stores.write(folder, entries[-1]["name"], content)
     return entries

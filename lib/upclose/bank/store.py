@@ -21,6 +21,7 @@ from torch import Tensor
 
 from upclose import paths
 
+OWN = re.compile(r"(\d{8}-\d{8}\.safetensors|manifest\.json)(\.partial-[0-9a-f]{32})?")  # other files are nobody's
 SHARD_NAME = re.compile(r"(\d{8})-(\d{8})\.safetensors")
 BLANK = "0" * 64
 
@@ -45,6 +46,11 @@ class Store(NamedTuple):
         """Whether its files can be memory-mapped."""
         return isinstance(self.files, LocalFileSystem)
 
+    @property
+    def name(self) -> str:
+        """Of the folder itself; a bank's is its key."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
     def join(self, name: str) -> Store:
         """A folder or a file in it."""
         return Store(self.files, f"{self.path.rstrip('/')}/{name}")
@@ -56,6 +62,18 @@ class Store(NamedTuple):
 def locate(root: str | os.PathLike | None) -> Store:
     """A root as a `Store`: a path, an fsspec URL (s3://, gs://, memory://, file://), or None for `paths.bank()`."""
     return Store(*url_to_fs(os.fspath(paths.bank() if root is None else root)))
+
+
+def refuse_link(folder: Store) -> None:
+    """Raise where a bank's place is taken by a link, which leads to somebody else's files.
+
+    Raises:
+        BankError: names the link
+    """
+    if folder.local and os.path.islink(folder.path):
+        raise BankError(
+            f"{folder} is a link to {os.readlink(folder.path)}: a bank is a folder of its own; remove the link"
+        )
 
 
 def sizes(folder: Store) -> dict[str, int]:
@@ -134,20 +152,23 @@ def lock(root: Store, key: str) -> Iterator[None]:
         held.release()
 
 
-def pack(tensors: dict[str, Tensor], errors: dict[int, str]) -> bytes:
-    """A shard as safetensors bytes that carry their own checksum, taken with the checksum's place filled with zeros."""
-    note = json.dumps({"checksum": BLANK, "errors": errors}, sort_keys=True)
+def pack(tensors: dict[str, Tensor], errors: dict[int, str], key: str = "") -> bytes:
+    """A shard as safetensors bytes that carry the bank's key and their own checksum.
+
+    The checksum is taken with its place filled with zeros.
+    """
+    note = json.dumps({"checksum": BLANK, "errors": errors, "key": key}, sort_keys=True)
     content = save(tensors, {"shard": note})
     return content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
 
 
-def unpack_errors(content: bytes) -> dict[int, str] | None:
-    """The unreadable pictures that an intact shard lists, {position: reason}; None when the shard is damaged."""
+def unpack_errors(content: bytes, key: str = "") -> dict[int, str] | None:
+    """The unreadable pictures that an intact shard of this bank lists, {position: reason}; None for any other."""
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         note = json.loads(header["__metadata__"]["shard"])
         blank = content.replace(note["checksum"].encode(), BLANK.encode(), 1)
-        intact = hashlib.sha256(blank).hexdigest() == note["checksum"]
+        intact = hashlib.sha256(blank).hexdigest() == note["checksum"] and note["key"] == key
         return {int(i): reason for i, reason in note["errors"].items()} if intact else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -84,9 +84,13 @@ def lines(file: Path) -> list[str]:
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+SYSTEM = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information"}  # nobody's classes
+
+
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, hidden ones left out."""
-    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    """The names of the folders in a folder, sorted; hidden ones and those of operating systems are left out."""
+    found = (child.name for child in folder.iterdir() if child.is_dir())
+    return sorted(name for name in found if not name.startswith(".") and name not in SYSTEM)
 
 
 def _pictures(folder: Path) -> list[Path]:

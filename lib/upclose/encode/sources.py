@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import os
+import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -261,13 +264,73 @@ def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
     return {key: value for key, value in state.items() if key not in _OPENAI_FACTS}, openai
 
 
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class _Record:
+    """What stands for every class of a TorchScript archive: it holds what it is given and does nothing."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.held = state
+
+
+class _Script(pickle.Unpickler):
+    """The data of a TorchScript archive. Its classes become records, its numbers tensors, all else is refused."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.split(".")[0] == "__torch__":
+            return _Record
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch.jit._pickle":
+            return lambda value, *_: value  # lists with a type, and values with a tag
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset).clone()
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no archive of weights needs")
+
+    def persistent_load(self, pid: tuple) -> Tensor:
+        _, dtype, key, *_ = pid
+        content = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+        return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+
+
+def script_state(path: Path) -> dict[str, Tensor]:
+    """The parameters and buffers of a TorchScript archive, of whose program nothing is executed."""
+    with zipfile.ZipFile(path) as archive:
+        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+        return dict(_held(_Script(archive, root).load()))
+
+
+def _held(record: _Record, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in record.held.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Record):
+            yield from _held(value, f"{prefix}{name}.")
+
+
 def _read_torch(path: Path) -> dict:
     """A `.pt` file: tensors only, or a TorchScript archive as OpenAI published them."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             script = any(name.endswith("/constants.pkl") for name in archive.namelist())
         if script:
-            return torch.jit.load(path, map_location="cpu").state_dict()
+            return script_state(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
