@@ -21,10 +21,12 @@ def ls(root: str | os.PathLike | None = None) -> list[dict]:
     rows = []
     for item in sorted(home.files.ls(home.path, detail=True), key=lambda item: item["name"]):
         name = item["name"].rstrip("/").rsplit("/", 1)[-1]
-        if not bank.KEY.fullmatch(name) or item["type"] not in ("directory", "link"):
+        if not bank.KEY.fullmatch(name):
             continue
         if home.local and os.path.islink(home.join(name).path):
             warnings.warn(f"{home.join(name)} is a link and no bank; it is passed over", stacklevel=2)
+            continue
+        if item["type"] != "directory":
             continue
         files = stores.sizes(home.join(name))
         ranges = [[int(x) for x in match.groups()] for match in map(stores.SHARD_NAME.fullmatch, files) if match]
