@@ -33,6 +33,16 @@ def test_contains_at_the_edges():
     assert not pointing.contains(two_apart, part).any()
 
 
+@pytest.mark.parametrize("hundredths", [10, 30, 55, 60, 70, 95, 100])
+def test_contains_at_exactly_least_is_decided_in_whole_pixels(hundredths):
+    width = torch.arange(1, 301)
+    part = torch.stack([torch.zeros(300), torch.zeros(300), width, torch.full((300,), 7)], -1)[:, None]
+    crop = torch.stack([torch.zeros(300), torch.zeros(300), width, torch.full((300,), 7)], -1)
+    got = pointing.contains(crop, part, hundredths / 100)[..., 0]
+    exact = [[100 * min(k, w) >= hundredths * w for k in range(1, 301)] for w in range(1, 301)]
+    assert got.tolist() == exact
+
+
 def test_a_part_that_is_not_there_is_in_no_crop_and_has_no_share():
     parts = [{"beak": (10, 10, 20, 20)}, {"beak": (30, 30, 35, 35), "tail": (0, 0, 5, 5)}]
     boxes = pointing.part_boxes(parts, ["beak", "tail", None])

@@ -297,3 +297,21 @@ def test_sentences_of_clip_clip_e_and_dnd():
         assert clip[name] == [f"a photo of a {name}."]
         assert clip_e[name] == [template.format(name) for template in prompts.templates("birdlets")]
         assert dnd[name] == [f"a photo of a bird with {descriptor}." for descriptor in own[name]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_of_windows_editors_are_read(tmp_path, encoding):
+    (tmp_path / "x.json").write_bytes('{"Möwe": ["weiß"]}'.encode(encoding))
+    assert prompts.read(tmp_path / "x.json") == {"Möwe": ["weiß"]}
+
+
+def test_a_class_that_stands_twice_is_refused_with_both_places(tmp_path):
+    (tmp_path / "x.json").write_text('{"tern": ["a"], "gull": ["b"], "tern": ["c"]}')
+    with pytest.raises(ValueError, match=r"x\.json: 'tern' stands twice, as entries 1 and 3"):
+        prompts.read(tmp_path / "x.json")
+
+
+def test_deep_nesting_is_one_sentence(tmp_path):
+    (tmp_path / "x.json").write_text('{"tern": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match=r"x\.json is nested too deeply"):
+        prompts.read(tmp_path / "x.json")

@@ -10,6 +10,7 @@ No paper measures this: it needs the true boxes of the parts, which Birdlets has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def part_boxes(parts: Sequence[Mapping[str, Sequence[float]]], names: Sequence[s
 
 
 def contains(box: Tensor, part: Tensor, least: float = 0.6) -> Tensor:
-    """Which crops show which parts.
+    """Which crops show which parts. Exact for whole pixels, also at exactly `least` of a part.
 
     Args:
         box: (..., N, 4) of the crops, x0, y0, x1, y1
@@ -49,11 +50,12 @@ def contains(box: Tensor, part: Tensor, least: float = 0.6) -> Tensor:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: its last dimension must be x0, y0, x1, y1")
     if not 0 < least <= 1:
         raise ValueError(f"least is {least}: give a share of the part above 0 and at most 1")
+    box, part, ratio = box.double(), part.double(), Fraction(least).limit_denominator(10**6)
     near = torch.maximum(box[..., :, None, :2], part[..., None, :, :2])
     far = torch.minimum(box[..., :, None, 2:], part[..., None, :, 2:])
     shown = (far - near).clamp(min=0).prod(-1)
     whole = (part[..., 2:] - part[..., :2]).prod(-1)[..., None, :]
-    return (shown > 0) & (shown >= least * whole)
+    return (shown > 0) & (ratio.denominator * shown >= ratio.numerator * whole)
 
 
 def share(mass: Tensor, inside: Tensor) -> Tensor:

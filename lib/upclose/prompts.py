@@ -28,6 +28,7 @@ What the linter finds, and what becomes of it:
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import json
@@ -110,10 +111,10 @@ class Source(NamedTuple):
 
 
 def read(file: str | Path) -> dict[str, list[str]]:
-    """A description file, {class: [sentences]}.
+    """A description file, {class: [sentences]}, in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
-        ValueError: it is no JSON of that form
+        ValueError: it is no JSON of that form, or a class stands in it twice
         FileNotFoundError: there is no such file
     """
     content = _json(file)
@@ -129,10 +130,27 @@ def _json(file: str | Path) -> object:
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"no description file {file}")
+    content = file.read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+        return json.loads(text, object_pairs_hook=_once)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply; it must map class names to lists of sentences") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose keys differ: `dict` would keep the last of two and lose the first."""
+    place: dict[str, int] = {}
+    for k, (key, _) in enumerate(pairs, 1):
+        if key in place:
+            raise ValueError(f"{key!r} stands twice, as entries {place[key]} and {k}; keep one of them")
+        place[key] = k
+    return dict(pairs)
 
 
 @cache
