@@ -263,6 +263,47 @@ def test_gradients_reach_the_marginals(epsilon):
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=0)
 
 
+def stacked(k=12, n=6, m=5, dtype=torch.float64):
+    """Costs (N, M, K), columns of which some have no mass (M, K), and the same problems as `sinkhorn` takes them."""
+    cost, _, column = problems(k, n, m, dtype=dtype)
+    cost *= torch.linspace(0.1, 1, k)[:, None, None]  # from quick to slow
+    column[::3, 1] = 0
+    column /= column.sum(-1, keepdim=True)
+    row = cost.new_full((n,), 1 / n)
+    return cost.permute(1, 2, 0).contiguous(), column.T.contiguous(), (cost, row, column)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [math.inf, 0.1, 0.03])
+@pytest.mark.parametrize("rounds", [1, 7, 5_000])
+def test_stacked_problems_equal_single_ones(epsilon, rounds, dtype):
+    cost, column, single = stacked(dtype=dtype)
+    logit = cost * (-1 / epsilon)
+    kept = logit.clone()
+    assert transport.fits(logit)
+    plan = transport.sinkhorn_stacked(logit, column, rounds)
+    assert torch.equal(logit, kept)
+    expected, _ = transport.sinkhorn(*single, epsilon, rounds, bound=1.0)
+    atol = (1e-8 if dtype == torch.float64 else 5e-5) if rounds > 7 else 1e-6
+    torch.testing.assert_close(plan.permute(2, 0, 1), expected, atol=atol, rtol=0)
+    for k in (0, 3, 11):
+        alone = transport.sinkhorn_stacked(logit[..., k : k + 1].contiguous(), column[:, k : k + 1], rounds)
+        torch.testing.assert_close(alone[..., 0], plan[..., k], atol=1e-6 if dtype == torch.float32 else 1e-14, rtol=0)
+
+
+def test_stacked_problems_that_would_underflow_do_not_fit():
+    logit = torch.zeros(3, 2, 4)
+    assert transport.fits(logit)
+    assert transport.fits(logit + torch.tensor([0.0, 500.0])[:, None])  # columns may differ
+    logit[1, 0, 2] = -41
+    assert not transport.fits(logit)
+    assert transport.fits(logit.double())
+    assert transport.fits(logit[..., :0])
+    assert transport.sinkhorn_stacked(logit[..., :0], logit[0, :, :0]).shape == (3, 2, 0)
+    with pytest.raises(ValueError, match="max_iter is 0"):
+        transport.sinkhorn_stacked(logit, logit[0], 0)
+
+
 def ragged(images=3, n=6, widths=(4, 1, 7), dtype=torch.float64, seed=0):
     """Costs (L, B, N) of images with classes of several widths, rows with a massless one, owners, classes."""
     generator = torch.Generator().manual_seed(seed)

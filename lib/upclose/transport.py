@@ -20,6 +20,7 @@ from torch.nn.functional import embedding_bag
 # Kernel entries stay above exp(-SAFE), so that products of two of them and of their inverses are ordinary numbers.
 SAFE = {torch.float32: 40.0, torch.float64: 300.0}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+LOOK = 5  # rounds of stacked problems between two looks at who is done
 NOTHING = -1e30  # the logarithm of no mass: finite, so that gradients stay finite
 
 
@@ -154,6 +155,58 @@ def sinkhorn_ragged(
         low, high = _range("logit", logit)
         bound = high - low
     return _solve(columns, logit, row, columns.share.to(logit)[:, None, None], bound, max_iter, tolerance)
+
+
+def sinkhorn_stacked(logit: Tensor, column: Tensor, max_iter: int = 1000, tolerance: float | None = None) -> Tensor:
+    """`sinkhorn` for K problems whose rows share the mass of 1 evenly, problem beside problem in memory.
+
+    Sums run over whole rows of memory, and every few rounds the problems that are done leave, so that the slow ones
+    have the rest of the rounds to themselves. A plan does not depend on the problems beside it. There are no gradients.
+
+    Args:
+        logit: (N, M, K) float32 or float64, the kernel's logarithm -C / epsilon; within a column the values must not
+            differ by more than 40 (float32) or 300 (float64), see `fits`
+        column: (M, K) marginals, at least 0 with sum 1 over M; columns of no mass are padding
+        max_iter: most rounds
+        tolerance: as in `sinkhorn`
+
+    Returns:
+        (N, M, K)
+
+    Raises:
+        ValueError: max_iter < 1
+    """
+    if max_iter < 1:
+        raise ValueError(f"max_iter is {max_iter}: give at least 1")
+    tolerance, row = TOLERANCE[logit.dtype] if tolerance is None else tolerance, 1 / len(logit)
+    result = active = None
+    plan = logit.detach().softmax(0).mul_(column)
+    for iteration in range(1, max_iter + 1):
+        plan *= _over(row, plan.sum(1, keepdim=True))
+        mass = plan.sum(0)
+        plan *= _over(column, mass)
+        if iteration == max_iter or iteration % LOOK:
+            continue
+        slow = (mass - column).abs_().sum(0) >= tolerance
+        left = int(slow.sum())
+        if left == len(slow):
+            continue
+        if result is None:
+            if left == 0:
+                return plan
+            result, active = plan, torch.arange(len(slow), device=plan.device)
+        else:
+            done = ~slow
+            result.index_copy_(2, active[done], plan[:, :, done])
+            if left == 0:
+                return result
+        active, plan, column = active[slow], plan[:, :, slow], column[:, slow]
+    return plan if result is None else result.index_copy_(2, active, plan)
+
+
+def fits(logit: Tensor) -> bool:
+    """Whether `sinkhorn_stacked` can solve logits (N, M, K): no column's values lie further apart than is safe."""
+    return not logit.numel() or bool((logit.amax(0) - logit.amin(0)).amax() <= SAFE[logit.dtype])
 
 
 def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:

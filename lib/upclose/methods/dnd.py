@@ -71,7 +71,7 @@ def scores(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000
         differences of cosine that matter to CLIP.
     """
     parts = _transport(views, text, epsilon, max_iter, exact)
-    return -torch.cat([(plan * cost).sum((-2, -1)) for cost, plan in parts])
+    return -torch.cat([(plan * cost).sum((0, 1)) for cost, plan in parts])
 
 
 def plans(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000, exact: bool = False) -> Tensor:
@@ -81,7 +81,8 @@ def plans(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000,
         (B, C, N, M) float32: the mass that moves between crop n and the class's m-th description; M is that of the
         class with most, padded with 0
     """
-    return torch.cat([plan for _, plan in _transport(views, text, epsilon, max_iter, exact)])
+    parts = _transport(views, text, epsilon, max_iter, exact)
+    return torch.cat([plan.permute(2, 3, 0, 1) for _, plan in parts])
 
 
 def max_scores(views: Views, text: Text) -> Tensor:
@@ -90,7 +91,8 @@ def max_scores(views: Views, text: Text) -> Tensor:
     Args, Returns, Raises: as `scores`, which this bounds from above.
     """
     _, mask = text.padded()
-    return -torch.cat([(cost.amin(2) * mask).sum(-1) / mask.sum(-1) for cost in _costs(views, text)])
+    column = (mask / mask.sum(1, keepdim=True)).T[:, None]  # (M, 1, C)
+    return -torch.cat([(cost.amin(0) * column).sum(0) for cost in _costs(views, text)])
 
 
 def assignment_scores(views: Views, text: Text) -> Tensor:
@@ -111,7 +113,7 @@ def assignment_scores(views: Views, text: Text) -> Tensor:
         [
             [mean_cost(cost, count) for cost, count in zip(image, counts)]
             for part in _costs(views, text)
-            for image in part.cpu()
+            for image in part.permute(2, 3, 0, 1).cpu()
         ],
         device=views.crop.device,
     )
@@ -261,26 +263,38 @@ def _check(views: Views, text: Text) -> None:
 
 
 def _costs(views: Views, text: Text) -> Iterator[Tensor]:
-    """1 - cos, (b, C, N, M), a chunk of images at a time; padding repeats the class's first description."""
+    """1 - cos, (N, M, b, C), a chunk of images at a time; padding repeats the class's first description."""
     _check(views, text)
     rows, mask = text.padded()
-    rows = rows.where(mask[..., None], rows[:, :1])
-    size = max(1, CHUNK // (views.crop.shape[1] * rows.shape[0] * rows.shape[1]))
-    for crop in views.crop.split(size):
-        yield 1 - torch.einsum("bnd,cmd->bcnm", crop, rows)
+    rows = rows.where(mask[..., None], rows[:, :1]).transpose(0, 1).flatten(0, 1)  # (M C, D)
+    n, (classes, most) = views.crop.shape[1], mask.shape
+    for crop in views.crop.split(max(1, CHUNK // (n * mask.numel()))):
+        cosine = crop.transpose(0, 1).flatten(0, 1) @ rows.T
+        yield 1 - cosine.view(n, len(crop), most, classes).transpose(1, 2)
 
 
 def _transport(views: Views, text: Text, epsilon: float, max_iter: int, exact: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Eq. 4's cost and plan, both (b, C, N, M), a chunk of images at a time. Padded descriptions have no mass."""
+    """Eq. 4's cost and plan, both (N, M, b, C), a chunk of images at a time. Padded descriptions have no mass."""
     _, mask = text.padded()
     row = views.crop.new_ones(views.crop.shape[1]) / views.crop.shape[1]  # (N,)
     column = mask / mask.sum(1, keepdim=True)  # (C, M)
     for cost in _costs(views, text):
         if exact:
-            yield cost, transport.exact(cost, row, column)
+            yield cost, transport.exact(cost.permute(2, 3, 0, 1), row, column).permute(2, 3, 0, 1)
         else:
-            flat = cost.flatten(0, 1), row, column.expand(len(cost), -1, -1).flatten(0, 1)
-            yield cost, _sinkhorn(*flat, epsilon, max_iter).view_as(cost)
+            yield cost, _entropic(cost, row, column, epsilon, max_iter)
+
+
+def _entropic(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> Tensor:
+    """Plans (N, M, b, C): stacked where the kernel does not underflow, otherwise problem after problem."""
+    if not epsilon > 0:
+        raise ValueError(f"epsilon is {epsilon}: give a positive number, or exact=True for no entropy")
+    logit, images = (cost * (-1 / epsilon)).flatten(2), cost.shape[2]
+    if not cost.requires_grad and transport.fits(logit):
+        masses = column.T.repeat(1, images)  # (M, b C)
+        return transport.sinkhorn_stacked(logit, masses, max_iter, TOLERANCE).view(cost.shape)
+    flat = cost.permute(2, 3, 0, 1).flatten(0, 1), row, column.repeat(images, 1)
+    return _sinkhorn(*flat, epsilon, max_iter).unflatten(0, (images, -1)).permute(2, 3, 0, 1)
 
 
 def _sinkhorn(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> Tensor:
