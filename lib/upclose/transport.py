@@ -188,19 +188,19 @@ def sinkhorn_stacked(logit: Tensor, column: Tensor, max_iter: int = 1000, tolera
         if iteration == max_iter or iteration % LOOK:
             continue
         slow = (mass - column).abs_().sum(0) >= tolerance
-        left = int(slow.sum())
-        if left == len(slow):
+        going = slow.nonzero().flatten()
+        if len(going) == len(slow):
             continue
         if result is None:
-            if left == 0:
+            if len(going) == 0:
                 return plan
             result, active = plan, torch.arange(len(slow), device=plan.device)
         else:
-            done = ~slow
-            result.index_copy_(2, active[done], plan[:, :, done])
-            if left == 0:
+            done = (~slow).nonzero().flatten()
+            result.index_copy_(2, active[done], plan.index_select(2, done))
+            if len(going) == 0:
                 return result
-        active, plan, column = active[slow], plan[:, :, slow], column[:, slow]
+        active, plan, column = active[going], plan.index_select(2, going), column.index_select(1, going)
     return plan if result is None else result.index_copy_(2, active, plan)
 
 

@@ -10,7 +10,7 @@ from upclose import seeds, transport
 from upclose.features import Text, Views
 from upclose.methods import dnd
 
-CLASSES, CROPS, DESCRIPTIONS, DIM = 100, 9, 9, 512
+CLASSES, CROPS, DESCRIPTIONS, DIM, MANY = 100, 9, 9, 512, 1000
 SHOTS, TEST, TIMED, ROUNDS = 16, 5000, 4, 100
 
 
@@ -72,6 +72,12 @@ def main():
     assert torch.allclose(ours, naive, atol=1e-3)  # what ROUNDS rounds leave open differs with float32 rounding
     pairs = TIMED * CLASSES
     print(f"scores, {pairs} pairs of 9 x 9, s over a loop | {slow:.2f} | {seconds:.3f} | {slow / seconds:.0f} | -")
+
+    draw = seeds.generator(1, "bench_dnd")
+    many = Text.from_lists(unit(draw, MANY), list(unit(draw, MANY, DESCRIPTIONS)))
+    few = test.select(slice(0, 50))
+    seconds = min(timed(lambda: dnd.scores(few, many))[1] for _ in range(3))
+    print(f"scores, {MANY} classes, ms an image | - | {1000 * seconds / 50:.2f} | - | 2")
 
     keys, seconds = timed(few_shot())
     over = peak_growth("bench_dnd", "few_shot") / 1024
