@@ -138,3 +138,23 @@ def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch):
 
     monkeypatch.setattr(bank, "ls", stop)
     assert run(capsys, "ls") == (130, "", "stopped; the same command goes on\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "x.yaml", "--results", ""],
+        ["bank", "ls", "--root", ""],
+        ["bank", "build", "birdlets", "--steps", "100000000"],
+        ["bank", "build", "birdlets", "--crops", "1000000000"],
+    ],
+)
+def test_arguments_that_cannot_be_meant(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_parameter_is_given_once(capsys):
+    assert cli.main(["run", "x.yaml", "-p", "images=1", "-p", "images=2"]) == 2
+    assert "images is given twice" in capsys.readouterr().err

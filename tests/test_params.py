@@ -239,3 +239,37 @@ def test_a_sheet_cannot_run_a_notebook_of_another_place(tmp_path):
     for name in (outside, str(tmp_path / "elsewhere.ipynb")):
         with pytest.raises(ParameterError, match="is not in"):
             params.notebook_path(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tau", ".inf"),
+        ("images", "1e25"),
+        ("crop_seeds", "[0, 0, 0]"),
+        ("alpha", "1e-320"),
+        ("dataset", "imagefolder:"),
+        ("crops", "1000000000"),
+        ("crop_seeds", "[-1]"),
+        ("images", "1:30"),
+        ("images", "0x1F"),
+        ("tau", ".nan"),
+    ],
+)
+def test_what_was_taken_once_is_refused(name, value):
+    with pytest.raises(ParameterError, match=name):
+        params.check(params.notebook_path("01_lgca"), dict([params.override(f"{name}={value}")]))
+
+
+def test_bombs_are_refused_before_they_go_off(tmp_path):
+    file = tmp_path / "bomb.yaml"
+    file.write_text("notebook: 01_lgca\nparameters: {a: &a [1, 2], b: *a}\n")
+    with pytest.raises(ParameterError, match="alias"):
+        params.read(file)
+    many = list(range(1, 1001))
+    file.write_text(f"notebook: 01_lgca\ngrid: {{images: {many}, crops: {many}}}\n")
+    with pytest.raises(ParameterError, match="1,000,000 cells"):
+        params.jobs(file)
+    file.write_text("notebook: " + "[" * 5000)
+    with pytest.raises(ParameterError, match="bomb"):
+        params.read(file)

@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,7 +29,12 @@ A run that is complete at any date is not run again; Ctrl-C loses only the noteb
 def _run(options: argparse.Namespace) -> int:
     from upclose import params, paths, run
 
-    overrides = dict(params.override(text) for text in options.parameter)
+    given = [params.override(text) for text in options.parameter]
+    overrides = dict(given)
+    if len(overrides) < len(given):
+        names = [name for name, _ in given]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise params.ParameterError(f"-p {twice} is given twice; a value can only be one")
     jobs = [job for file in options.file for job in params.jobs(file, overrides)]
     root = options.results or paths.results()
     plans = run.plan(jobs, root, options.force, here=not options.ray)
@@ -136,6 +141,25 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(tables=options.tables, as_json=options.json)
 
 
+def _folder(text: str) -> Path:
+    return Path(_place(text))
+
+
+def _place(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, as an unset variable is; name a folder")
+    return text
+
+
+def _bounded(most: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if (value := int(text)) > most:
+            raise argparse.ArgumentTypeError(f"{value} is more than {most}")
+        return value
+
+    return count
+
+
 def _count(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -169,12 +193,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="run again what is complete")
     run.add_argument("--workers", type=_count, default=1, metavar="N", help="notebooks at a time (default 1)")
     run.add_argument("--ray", metavar="ADDRESS", help="an existing Ray cluster: auto, HOST:PORT, or local to start one")
-    run.add_argument("--results", type=Path, help="results folder (default: UPCLOSE_RESULTS, else results/)")
+    run.add_argument("--results", type=_folder, help="results folder (default: UPCLOSE_RESULTS, else results/)")
     run.set_defaults(function=_run)
 
     compare = commands.add_parser("compare", help="write the papers' tables with what complete runs measured beside")
-    compare.add_argument("--results", type=Path, help="results folder (default: UPCLOSE_RESULTS, else results/)")
-    compare.add_argument("--out", type=Path, help="folder of the tables (default: compare/ in the results folder)")
+    compare.add_argument("--results", type=_folder, help="results folder (default: UPCLOSE_RESULTS, else results/)")
+    compare.add_argument("--out", type=_folder, help="folder of the tables (default: compare/ in the results folder)")
     compare.set_defaults(function=_compare)
 
     bank = commands.add_parser("bank", help="encode data sets, list, check and remove what is encoded")
@@ -187,12 +211,12 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--device")
     build.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     build.add_argument("--sampler", default="square", choices=("square", "area"))
-    build.add_argument("--crops", type=int, default=30)
+    build.add_argument("--crops", type=_bounded(10_000), default=30)
     build.add_argument("--alpha", type=float, default=0.5, help="smallest crop side as a share of the short side")
     build.add_argument("--beta", type=float, default=0.9, help="largest")
     build.add_argument("--seed", type=int, default=0)
     build.add_argument("--factor", type=float, default=1.0, help="of one expansion of a ladder")
-    build.add_argument("--steps", type=int, default=1, help="levels of the ladder")
+    build.add_argument("--steps", type=_bounded(1_000), default=1, help="levels of the ladder")
     build.add_argument("--cls", action="store_true", help="keep the [CLS] tokens before projection")
     build.add_argument("--dtype", default="float16", choices=("float16", "float32"))
     build.add_argument(
@@ -209,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
     rm = actions.add_parser("rm", help="remove a bank")
     rm.add_argument("key")
     for action in (build, ls, verify, rm):
-        action.add_argument("--root", help="folder or fsspec URL (default: UPCLOSE_BANK, else the cache)")
+        action.add_argument("--root", type=_place, help="folder or fsspec URL (default: UPCLOSE_BANK, else the cache)")
     bank.set_defaults(function=_bank)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and which published tables it could run")

@@ -87,6 +87,16 @@ def check_unit(x: Tensor, name: str, tolerance: float = 1e-2) -> None:
         )
 
 
+def check_described(text: Text) -> None:
+    """Raise for classes without a description, on the CPU only: their mean would be 0 / 0.
+
+    Raises:
+        ValueError: names them
+    """
+    if text.owner.device.type == "cpu" and (empty := (text.counts == 0).nonzero().flatten().tolist()):
+        raise ValueError(f"classes {empty} have no description: give each at least one, for example its own prompt")
+
+
 def check_labels(label: Tensor, images: int) -> None:
     """Raise unless each of so many images has one label, where broadcasting would give all the same.
 

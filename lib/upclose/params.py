@@ -6,6 +6,7 @@ import ast
 import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,11 +22,14 @@ from upclose.datasets import registry
 from upclose.methods import fair
 from upclose.prompts import SOURCES
 
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0)]
+MOST_CELLS = 10_000  # of a grid
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Crops = Annotated[int, Field(ge=1, le=10_000)]
+Share = Annotated[float, Field(ge=1e-4, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+Factor = Annotated[float, Field(ge=1, le=100)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _some(kind: Any) -> Any:
@@ -49,7 +53,18 @@ def _adapting(methods: list[str]) -> list[str]:
     return methods
 
 
+def _different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("the same seed twice is the same draw, not another one")
+    return seeds
+
+
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_different)]
+
+
 def _registered(name: str) -> str:
+    if name == "imagefolder:":
+        raise ValueError("it names no folder: imagefolder:PATH")
     if name not in ("", "birdlets") and not name.startswith("imagefolder:"):
         registry.entry(name)
     return name
@@ -74,12 +89,12 @@ FIELDS: dict[str, Any] = {
     "device": Device,
     "precision": Literal["fp32", "bf16", "fp16"],
     "images": Count,
-    "crops": Count,
+    "crops": Crops,
     "alpha": Share,
     "beta": Share,
-    "crop_seeds": _some(Seed),
-    "tau": Annotated[float, Field(ge=1)],
-    "taus": _some(Annotated[float, Field(ge=1)]),
+    "crop_seeds": Seeds,
+    "tau": Factor,
+    "taus": _some(Factor),
     "second_backbone": str,
     "setting": str,
     "source": Literal[SOURCES],
@@ -88,7 +103,7 @@ FIELDS: dict[str, Any] = {
     "validation_images": Count,
     "repeats": Count,
     "probe_steps": Count,
-    "largest_crops": Count,
+    "largest_crops": Crops,
     "largest_descriptions": Count,
     "cost_images": Count,
     "clip_images": Count,
@@ -102,7 +117,7 @@ FIELDS: dict[str, Any] = {
     "sweep_images": Count,
     "protocol": str,
     "descriptions": Count,
-    "crop_counts": _some(Count),
+    "crop_counts": _some(Crops),
     "lower_scales": _some(Share),
     "shots": _some(Count),
     "cache_alphas": _some(Positive),
@@ -123,7 +138,7 @@ FIELDS: dict[str, Any] = {
     "kept": _some(Count),
     "train_dataset": DataSet,
     "seed": Seed,
-    "seeds": _some(Seed),
+    "seeds": Seeds,
 }
 
 # Where a notebook takes less than that, or only it knows: the rows that it computes, the tables that they stand in, the
@@ -149,7 +164,7 @@ CHOICES: dict[str, dict[str, Any]] = {
             ]
         ),
         "table": Literal["Table 1"],
-        "crops": Annotated[int, Field(ge=4)],
+        "crops": Annotated[int, Field(ge=4, le=10_000)],
     },
     "02_lazsl": {
         "methods": _some(
@@ -284,7 +299,15 @@ class Job(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may stand once in a mapping, and 1e-4 is a number as in YAML 1.2."""
+    """YAML as 1.2 reads numbers (1e-4 is one, 1:30 and 0x1F are text), without aliases, a key once in a mapping."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the alias *{event.anchor} is not taken", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -296,6 +319,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in known if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for start, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -403,6 +436,8 @@ def read(file: Path) -> Sheet:
         raise ParameterError(f"no parameter file {file}; {_files_near(file)}")
     try:
         content = _load(file.read_text())
+    except RecursionError:
+        raise ParameterError(f"{file} is nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = getattr(error, "problem", None) or "it is not text"
         line = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
@@ -474,6 +509,9 @@ def jobs(file: Path, overrides: dict[str, Any] | None = None) -> list[Job]:
     """
     sheet = read(file)
     notebook = notebook_path(sheet.notebook)
+    size = math.prod(len(values) for name, values in sheet.grid.items() if name not in (overrides or {}))
+    if size > MOST_CELLS:
+        raise ParameterError(f"{file}: the grid has {size:,} cells, at most {MOST_CELLS:,} are taken: split the file")
     for case in sheet.exceptions:
         if unknown := set(case.when) - set(sheet.grid) - set(sheet.parameters):
             name = sorted(unknown)[0]

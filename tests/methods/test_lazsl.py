@@ -236,7 +236,7 @@ def test_errors():
         (lambda v, t: (v._replace(image=v.image * 0.5), t), r"image.*norm 0\.5"),
         (lambda v, t: (v, t._replace(description=t.description * 3)), r"description.*norm 3"),
         (lambda v, t: (v._replace(crop=v.crop[:, :0]), t), r"crop.*\(4, 0, 24\)"),
-        (lambda v, t: (v, t._replace(owner=t.owner.where(t.owner != 1, 2))), "class 1 of 5 has no column"),
+        (lambda v, t: (v, t._replace(owner=t.owner.where(t.owner != 1, 2))), r"classes \[1\] have no description"),
     ],
 )
 def test_what_is_no_embedding_is_refused(function, selection, change, message):

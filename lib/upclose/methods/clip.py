@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upclose.features import Text, Views
+from upclose.features import Text, Views, check_described
 
 
 def scores(views: Views, text: Text) -> Tensor:
@@ -37,7 +37,12 @@ def scores(views: Views, text: Text) -> Tensor:
 
 
 def class_means(text: Text) -> Tensor:
-    """The mean of each class's descriptions, (C, D), not normalised."""
+    """The mean of each class's descriptions, (C, D), not normalised.
+
+    Raises:
+        ValueError: on the CPU, a class without descriptions
+    """
+    check_described(text)
     total = torch.zeros_like(text.label).index_add(0, text.owner, text.description)
     count = text.label.new_zeros(len(text.label)).index_add(0, text.owner, text.label.new_ones(len(text.owner)))
     return total / count[:, None]

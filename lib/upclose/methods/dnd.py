@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from upclose import transport
-from upclose.features import Text, Views
+from upclose.features import Text, Views, check_described
 from upclose.methods import tip_adapter
 
 CHUNK = 2**19  # entries of one cost tensor: 2 MiB, so that the rounds of Sinkhorn stay in cache
@@ -256,9 +256,7 @@ def stream(
 def _check(views: Views, text: Text) -> None:
     if views.crop.shape[1] == 0:
         raise ValueError("the views hold no crop: make them with a plan of n >= 1")
-    if not (text.counts > 0).all():
-        empty = (text.counts == 0).nonzero().flatten().tolist()
-        raise ValueError(f"classes {empty} have no description: give each at least one, for example its own prompt")
+    check_described(text)
 
 
 def _places(text: Text) -> tuple[Tensor, Tensor]:

@@ -222,6 +222,7 @@ def _check(views: Views, text: Text) -> None:
     """Refuse images without crops and, on the CPU, embeddings that are not of unit norm."""
     if views.crop.shape[1] == 0:
         raise ValueError(f"views.crop has shape {tuple(views.crop.shape)}: give every image at least one crop")
+    features.check_described(text)
     for name, x in (("views.image", views.image), ("views.crop", views.crop), ("text.description", text.description)):
         features.check_unit(x, name)
 

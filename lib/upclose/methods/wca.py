@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upclose.features import Text, Views
+from upclose.features import Text, Views, check_described
 
 RELEASED = dict(image_scale=e**4, text_scale=e**2, normalise=True)
 """The hyperparameters of the authors' released program, for `scores(views, text, **RELEASED)`."""
@@ -41,9 +41,13 @@ def text_weights(text: Text, scale: float = 1.0) -> Tensor:
     Returns:
         (L,), the weights of each class sum to 1; uniform within a class at scale 0
 
+    Raises:
+        ValueError: on the CPU, a class without descriptions
+
     Source:
         FAIR eq. 9 at scale 1.
     """
+    check_described(text)
     cosine = scale * (text.label[text.owner] * text.description).sum(-1)
     top = cosine.new_full((len(text.label),), -torch.inf).scatter_reduce(0, text.owner, cosine, "amax")
     part = (cosine - top[text.owner]).exp()
