@@ -4,6 +4,7 @@ import itertools
 import ot
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
 from upclose import seeds
@@ -336,3 +337,13 @@ def test_a_cache_of_more_images_than_a_chunk():
     label = torch.arange(1030) % len(text.label)
     key = dnd.local_cache(views.select(slice(1020, None)), label[1020:], text).key
     assert torch.equal(dnd.local_cache(views, label, text).key[-len(key) :], key)
+
+
+def test_votes_wait_for_no_device():
+    with FakeTensorMode(), torch.device("cuda"):
+        whole = torch.zeros(6, dtype=torch.int64)
+        cache = dnd.Cache(torch.empty(6, D), whole, whole, whole)
+        views = Views(torch.empty(5, D), torch.empty(5, N, D))
+        assert dnd.cache_scores(views, cache, C, 2.0).shape == (5, C)
+        votes = tip_adapter.scores(views.image, cache.key, cache.label, C, 2.0)
+        assert (votes.shape, votes.device.type) == ((5, C), "cuda")
