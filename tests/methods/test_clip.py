@@ -4,7 +4,7 @@ from torch.nn.functional import normalize
 
 from upclose import seeds
 from upclose.features import Text, Views
-from upclose.methods import clip, dnd, lazsl, lgca, wca
+from upclose.methods import clip
 
 COUNTS = (3, 1, 4, 2)
 
@@ -78,19 +78,3 @@ def test_scores_are_float32_and_do_not_depend_on_the_batch(world, function):
     assert torch.allclose(found, parts, atol=1e-6)
     double = function(Views(*(x.double() for x in views[:2])), Text(text[0].double(), text[1].double(), text[2]))
     assert double.dtype == torch.float32
-
-
-def test_a_class_without_descriptions_is_an_error_in_every_method():
-    unit = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    views, text = Views(unit[:2], unit[None, :3].expand(2, -1, -1)), Text(unit[:3], unit[:2], torch.tensor([0, 2]))
-    ladder = unit[None, None, :4].expand(2, 1, -1, -1)
-    for call in (
-        lambda: clip.description_scores(views, text),
-        lambda: clip.multi_crop_scores(views, text),
-        lambda: wca.scores(views, text),
-        lambda: lgca.scores(ladder, views.image, text),
-        lambda: lazsl.scores(views, text),
-        lambda: dnd.scores(views, text),
-    ):
-        with pytest.raises(ValueError, match="description"):
-            call()
