@@ -87,4 +87,4 @@ def _not_an_image(path: str | os.PathLike) -> str:
     if not start:
         return "the file is empty (0 bytes)"
     hint = ": HEIC, save it as JPEG" if start[4:8] == b"ftyp" else ""
-    return f"none of {', '.join(FORMATS)} (begins with {start!r}){hint}"
+    return f"no image format that is read here (begins with {start!r}){hint}"
