@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from upclose import cli, compare
+from upclose import cli, compare, report
 
 
 def row(value, n=1000, std=0.0, **changes):
@@ -142,7 +142,7 @@ def test_an_average_that_is_printed_alone_says_over_how_many():
 
 
 def test_a_table_a_paper_is_written_and_escaped(tmp_path):
-    files = compare.write(pd.DataFrame([row(printed())]), tmp_path / "tables")
+    files = report.tables(pd.DataFrame([row(printed())]), tmp_path / "tables")
     assert [f.name for f in files[:2]] == ["lgca.csv", "lgca.html"]
     assert len(files) == 2 * len(compare.PAPERS)
     table = pd.read_csv(files[0])
@@ -166,7 +166,7 @@ def test_complete_runs_are_collected_and_the_newest_counts(tmp_path, capsys):
         )
         if name != ".partial-c":
             (folder / "run.json").write_text("{}")
-    frame = compare.collect(tmp_path)
+    frame = report.collect(tmp_path)
     assert frame.value.tolist() == [1.0, 1.0, printed(), printed()]
     assert frame.setting.tolist() == ["zero-shot", ""] * 2
     assert status(frame) == "reproduced"

@@ -42,16 +42,9 @@ def test_per_class_and_confusion_against_loops():
     assert torch.equal(metrics.confusion(scores, label), table)
 
 
-def test_spread_and_row(monkeypatch, tmp_path):
+def test_the_spread_of_crop_sets():
     assert metrics.spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
     assert np.isnan(metrics.spread([1.0]).std)
-    folder = tmp_path / ".partial-start-abc"
-    folder.mkdir()
-    monkeypatch.setenv("UPCLOSE_RUN", str(folder))
-    line = metrics.row("CLIP", torch.tensor([True, False, False, True]), dataset="birdlets", backbone="birdlets-tiny")
-    assert (line["value"], line["n"], line["run"]) == (50.0, 4, "start-abc")
-    metrics.save([line])
-    assert (folder / "metrics.csv").read_text().splitlines()[0] == ",".join(metrics.COLUMNS)
 
 
 def test_accuracy_of_the_best_and_of_the_two_best():

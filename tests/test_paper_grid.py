@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import save_file
 
 import trees
-from upclose import compare, params, paths, run
+from upclose import compare, params, paths, report, run
 
 SMALL = {"precision": "fp32", "epochs": 1, "seeds": [0, 1], "samples": 2}
 VISION = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
@@ -69,7 +69,7 @@ def test_lares_first_table_fills_its_comparison(lab):
     outcomes = run.execute(run.plan(params.jobs(file, SMALL)))
     assert [(outcome.status, outcome.error) for outcome in outcomes] == [("done", "")] * 4
 
-    measured = compare.collect(paths.results())
+    measured = report.collect(paths.results())
     frame = compare.versus(measured, "LARE", "Table 1")
     assert len(frame) == len(measured) == 48
     assert not measured.duplicated(compare.KEYS).any()

@@ -29,20 +29,6 @@ def ends(ax):
     return [tuple(container.lines[2][0].get_segments()[0][:, 0]) for container in ax.containers]
 
 
-def test_save_writes_into_the_run_and_nowhere_else(ax, tmp_path, monkeypatch):
-    monkeypatch.setenv("UPCLOSE_RUN", str(tmp_path))
-    plots.save(ax.figure, "one")
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")] == ["figures/one.png"]
-    first = (tmp_path / "figures" / "one.png").read_bytes()
-    assert plt.imread(tmp_path / "figures" / "one.png").ndim == 3
-    plots.save(ax.figure, "one")
-    assert (tmp_path / "figures" / "one.png").read_bytes() == first  # no date, no version in it
-    monkeypatch.delenv("UPCLOSE_RUN")
-    monkeypatch.chdir(tmp_path)
-    plots.save(ax.figure, "two")
-    assert len(list(tmp_path.rglob("*.png"))) == 1
-
-
 def test_a_picture_with_named_boxes(ax):
     pixels = np.arange(3 * 4 * 6, dtype=np.uint8).reshape(3, 4, 6)
     plots.picture(ax, pixels, {"beak": (1, 0, 3, 2), "tail": (0, 1, 2, 4)}, weights=[1.0, 3.0], title="a bird")

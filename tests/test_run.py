@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from upclose import cli, compare, params, paths, report, run
+from upclose import cli, params, paths, report, run
 from upclose.params import ParameterError
 
 CELL = 'dataset: str = "birdlets"  # which\nimages: int = 20  # how many\nseed: int = 0  # of it\n'
 BODY = """
 import pandas as pd, torch
-from upclose import metrics, run
-metrics.save([metrics.row("CLIP <b>", torch.ones(images, dtype=bool), dataset=dataset, backbone="none")])
-run.record(note="kept")
+from upclose import metrics, record
+record.metrics([metrics.row("CLIP <b>", torch.ones(images, dtype=bool), dataset=dataset, backbone="none")])
+record.facts(note="kept")
 print(images)
 """
 
@@ -366,7 +366,7 @@ def test_a_damaged_run_is_named_and_run_again_on_request(lab, capsys):
     assert cli.main(["run", str(file)]) == 2
     assert "metrics.csv is not what the run wrote" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="is left out: metrics.csv"), pytest.raises(FileNotFoundError):
-        compare.collect(lab.root)
+        report.collect(lab.root)
     assert "damaged: metrics.csv" in report.write(first.folder.parent).read_text()
     assert cli.main(["run", str(file), "--force"]) == 0
     assert metrics.read_text() == whole

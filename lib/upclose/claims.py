@@ -9,8 +9,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from upclose import paths
-
 
 class Claim(NamedTuple):
     """A claim, tested.
@@ -94,13 +92,13 @@ def check(name: str, text: str, better: Tensor, worse: Tensor, margin: float = 0
 
 
 def ledger(claims: list[Claim], unit: str = "crop set") -> pd.DataFrame:
-    """The claims as a table, one a line, with the interval in words; inside a run also in its `claims.csv`.
+    """The claims as a table, one a line, with the interval in words.
 
     Args:
         claims: the claims, tested
         unit: what each image was measured several times over, in the singular
     """
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         {
             "claim": [c.name for c in claims],
             "text": [c.text for c in claims],
@@ -110,6 +108,3 @@ def ledger(claims: list[Claim], unit: str = "crop set") -> pd.DataFrame:
             "n": [f"{c.n} images x {c.sets} {unit}{'s' * (c.sets > 1)}" for c in claims],
         }
     )
-    if (folder := paths.run_folder()) is not None:
-        frame.to_csv(folder / "claims.csv", index=False)
-    return frame

@@ -62,11 +62,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from upclose import compare, paths
+    from upclose import compare, paths, report
 
     root = options.results or paths.results()
-    measured = compare.collect(root)
-    for file in compare.write(measured, options.out or root / "compare"):
+    measured = report.collect(root)
+    for file in report.tables(measured, options.out or root / "compare"):
         print(file)
     tables = pd.concat([compare.versus(measured, paper) for paper in compare.PAPERS])
     kind = tables.status.str.extract("^(off by|incomplete)", expand=False).fillna(tables.status)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import re
-import warnings
 from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from upclose import paths
-
+PUBLISHED = files("upclose") / "published"
 PAPERS = {"LGCA": "lgca", "LaZSL": "lazsl", "D&D": "dnd", "FAIR": "fair", "LARE": "lare"}
 KEYS = ["paper", "table", "method", "dataset", "backbone", "setting", "metric"]
 ROW = [key for key in KEYS if key != "dataset"]
@@ -35,7 +34,7 @@ CITED = (
 )
 
 
-def _read(file: Path) -> pd.DataFrame:
+def read(file: Path | Traversable) -> pd.DataFrame:
     """A table in which an empty cell is an empty string, but in the columns of numbers."""
     frame = pd.read_csv(file, keep_default_na=False)
     for column in {"value", "std", "n"} & set(frame):
@@ -53,30 +52,14 @@ def published(paper: str | None = None, table: str | None = None) -> pd.DataFram
     Raises:
         ValueError: no such paper or table
     """
-    files = [paths.PUBLISHED / f"{name}.csv" for name in PAPERS.values()]
-    frame = pd.concat([_read(file) for file in files])
+    files = [PUBLISHED / f"{name}.csv" for name in PAPERS.values()]
+    frame = pd.concat([read(file) for file in files])
     for column, wanted in (("paper", paper), ("table", table)):
         if wanted is not None:
             if wanted not in set(frame[column]):
                 raise ValueError(f"no published {column} {wanted!r}; there are {', '.join(sorted(set(frame[column])))}")
             frame = frame[frame[column] == wanted]
     return frame.reset_index(drop=True)
-
-
-def collect(root: Path) -> pd.DataFrame:
-    """The rows of `metrics.csv` of every complete run below a results folder, the oldest first: see `versus`.
-
-    Raises:
-        FileNotFoundError: there is none
-    """
-    runs = sorted(root.glob("*/[!.]*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
-    for file in list(runs):
-        if why := paths.damage(file.parent):
-            warnings.warn(f"{file.parent} is left out: {why}", stacklevel=2)
-            runs.remove(file)
-    if not (tables := [file.with_name("metrics.csv") for file in runs if file.with_name("metrics.csv").is_file()]):
-        raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
-    return pd.concat([_read(file) for file in tables], ignore_index=True)
 
 
 def sampling_variance(value: float, n: float) -> float:
@@ -211,7 +194,7 @@ def backbones() -> pd.DataFrame:
 
     Source: open_clip's docs/model_profile.csv, column image_gflops; a multiply-add is two operations.
     """
-    return pd.read_csv(paths.PUBLISHED / "backbones.csv")
+    return pd.read_csv(PUBLISHED / "backbones.csv")
 
 
 def backbone_label(name: str, pretrained: str = "") -> str:
@@ -249,22 +232,3 @@ def account(covered: pd.DataFrame) -> pd.DataFrame:
         for line, key in zip(frame.itertuples(), frame[KEYS[:5]].itertuples(index=False, name=None))
     ]
     return frame
-
-
-def write(measured: pd.DataFrame, folder: Path) -> list[Path]:
-    """One table a paper, as `<paper>.csv` and `<paper>.html` (everything escaped).
-
-    Args:
-        measured: rows of `metrics.csv`
-        folder: is made if need be
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for paper, name in PAPERS.items():
-        table = versus(measured, paper).drop(columns=["paper"])
-        written += [folder / f"{name}.csv", folder / f"{name}.html"]
-        table.to_csv(written[-2], index=False)
-        page = table.to_html(index=False, na_rep="", float_format="{:.2f}".format, escape=True)
-        title = f"<title>{html.escape(paper)}: paper versus ours</title>"
-        written[-1].write_text(f'<!doctype html>\n<meta charset="utf-8">{title}\n{page}\n', encoding="utf-8")
-    return written

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from upclose import features, paths
+from upclose import features
 
 COLUMNS = ["paper", "table", "method", "dataset", "backbone", "setting", "metric", "value", "std", "n", "run"]
 
@@ -87,7 +86,7 @@ def row(
     setting: str = "zero-shot",
     metric: str = "top1",
 ) -> dict:
-    """One line of `metrics.csv`.
+    """One line of `metrics.csv`, without the run's name.
 
     Args:
         method: as the papers call it
@@ -101,13 +100,5 @@ def row(
     """
     hits = torch.atleast_2d(hits)
     mean, std = spread([100 * h.double().mean().item() for h in hits])
-    facts = (paper, table, method, dataset, backbone, setting, metric, mean, std, hits.shape[1], paths.run_name())
+    facts = (paper, table, method, dataset, backbone, setting, metric, mean, std, hits.shape[1])
     return dict(zip(COLUMNS, facts))
-
-
-def save(rows: list[dict]) -> pd.DataFrame:
-    """The rows as a frame; inside a run it is written to the run's `metrics.csv` too."""
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    if (folder := paths.run_folder()) is not None:
-        frame.to_csv(folder / "metrics.csv", index=False, float_format="%.4f")
-    return frame

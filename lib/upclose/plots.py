@@ -9,10 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-
-from upclose import paths
 
 _PALETTE = sns.color_palette("colorblind", 10).as_hex()
 COLOURS = {
@@ -46,13 +43,6 @@ def style() -> None:
         "axes.titlelocation": "left",
         "svg.hashsalt": "upclose",
     }
-
-
-def save(figure: Figure, name: str) -> None:
-    """Inside a run, write the figure to the run's `figures/name.png`."""
-    if (folder := paths.run_folder()) is not None:
-        (folder / "figures").mkdir(exist_ok=True)
-        figure.savefig(folder / "figures" / f"{name}.png", metadata={"Software": None})
 
 
 def colour(method: str) -> str:

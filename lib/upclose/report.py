@@ -1,4 +1,4 @@
-"""The page of a day: `results/<date>/index.html` shows every complete run with its verdicts, numbers and figures."""
+"""What complete runs have measured: the page of a day, `results/<date>/index.html`, and the papers' tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pandas as pd
 from PIL import Image
 
-from upclose import images, paths
+from upclose import compare, images, paths
 
 VERDICTS = ("holds", "undecided", "fails")
 _STYLE = """
@@ -150,3 +150,41 @@ def refresh(root: Path) -> None:
                 write(day)
         except OSError as error:
             warnings.warn(f"the page {page} cannot be written: {error}", stacklevel=2)
+
+
+def collect(root: Path) -> pd.DataFrame:
+    """The rows of `metrics.csv` of every complete run below a results folder, the oldest first: see `compare.versus`.
+
+    Raises:
+        FileNotFoundError: there is none
+    """
+    runs = sorted(root.glob("*/[!.]*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
+    for file in list(runs):
+        if why := paths.damage(file.parent):
+            warnings.warn(f"{file.parent} is left out: {why}", stacklevel=2)
+            runs.remove(file)
+    if not (tables := [file.with_name("metrics.csv") for file in runs if file.with_name("metrics.csv").is_file()]):
+        raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
+    return pd.concat([compare.read(file) for file in tables], ignore_index=True)
+
+
+def tables(measured: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write paper versus ours, one table a paper, as `<paper>.csv` and `<paper>.html` (everything escaped).
+
+    Args:
+        measured: rows of `metrics.csv`
+        folder: is made if need be
+
+    Returns:
+        The files
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for paper, name in compare.PAPERS.items():
+        table = compare.versus(measured, paper).drop(columns=["paper"])
+        written += [folder / f"{name}.csv", folder / f"{name}.html"]
+        table.to_csv(written[-2], index=False)
+        page = table.to_html(index=False, na_rep="", float_format="{:.2f}".format, escape=True)
+        title = f"<title>{html.escape(paper)}: paper versus ours</title>"
+        written[-1].write_text(f'<!doctype html>\n<meta charset="utf-8">{title}\n{page}\n', encoding="utf-8")
+    return written

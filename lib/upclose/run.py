@@ -76,31 +76,6 @@ class Plan(NamedTuple):
         return f"{self.job.name}-{self.hash}"
 
 
-# ---------------------------------------------------------------------------------------------- inside a notebook
-
-
-def record(**facts: Any) -> dict[str, Any]:
-    """Facts for `run.json`, from within a notebook; outside a run they are only returned.
-
-    Args:
-        facts: `dataset=` and `encoder=` are reduced to names and hashes; everything else must be plain data
-    """
-    plain = {}
-    for name, value in facts.items():
-        if isinstance(value, encode.Encoder):
-            plain |= {"weights": value.fingerprint, "device": str(value.device), "precision": value.precision}
-        elif hasattr(value, "class_names"):
-            order = hashlib.sha256("\n".join(value.class_names).encode()).hexdigest()[:16]
-            plain |= {f"{name}_fingerprint": value.fingerprint, "class_order": order, "split": value.split}
-        else:
-            plain[name] = value
-    if (folder := paths.run_folder()) is not None:
-        file = folder / "facts.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(known | plain))
-    return plain
-
-
 # ------------------------------------------------------------------------------------------------ before a run
 
 

@@ -56,7 +56,7 @@ def test_the_order_of_a_notebook(path):
         "arXiv",
         "# which|: str =",
         "[Pp]aper versus ours",
-        "claims\\.ledger",
+        "record\\.claims",
         "## Exercises",
         "## Known deviations",
     ]
