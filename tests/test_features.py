@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from upclose.features import Text, Views
+from upclose.features import Ladder, Text, Views
 from upclose.methods import clip, dnd, lazsl, lgca, wca
 
 DRAW = torch.Generator().manual_seed(0)
@@ -16,7 +16,7 @@ METHODS = {
     "clip": clip.description_scores,
     "multi-crop": clip.multi_crop_scores,
     "wca": wca.scores,
-    "lgca": lambda views, text: lgca.scores(views.crop[:, None], views.image, text),
+    "lgca": lambda views, text: lgca.scores(Ladder(views.image, views.crop[:, None]), text),
     "lazsl": lazsl.scores,
     "dnd": dnd.scores,
 }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from upclose import birdlets, train
 from upclose.encode import tiny
 
-SMALL = train.Recipe(pictures=12, steps=5, batch=8, warmup=2, measure=10)
+SMALL = train.Recipe(pictures=12, steps=5, batch_size=8, warmup=2, measure=10)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,9 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
 
 def test_only_matrices_decay():
     model = fresh()
-    muon, adam = train.optimisers(model, SMALL)
+    muon, adam = train.optimizers(model, SMALL)
     decayed, free = adam.param_groups
-    assert decayed["weight_decay"] == muon.param_groups[0]["weight_decay"] == SMALL.decay
+    assert decayed["weight_decay"] == muon.param_groups[0]["weight_decay"] == SMALL.weight_decay
     assert free["weight_decay"] == 0
     hidden = muon.param_groups[0]["params"]
     assert {weight.ndim for weight in hidden} == {2}
@@ -171,7 +171,7 @@ def test_a_whole_training_writes_weights_and_card(tmp_path, monkeypatch, capsys)
     assert [file.name[:5] for file in (tmp_path / "cache" / "train").iterdir()] == ["pool-"]
 
 
-def test_another_optimiser_does_not_go_on_from_an_old_checkpoint_but_keeps_the_pictures(tmp_path, monkeypatch):
+def test_another_optimizer_does_not_go_on_from_an_old_checkpoint_but_keeps_the_pictures(tmp_path, monkeypatch):
     """Stops after the pictures are drawn, then looks for the names with the programs as they are and changed."""
     monkeypatch.setenv("UPCLOSE_CACHE", str(tmp_path / "cache"))
     asked = []

@@ -44,20 +44,20 @@ class Recipe(NamedTuple):
 
     Attributes:
         pictures: drawn for training, each of another species
-        steps: of the optimiser
-        batch: views a step
-        rate: the largest learning rate; it warms up over `warmup` steps and falls to 0 along a cosine
-        decay: weight decay of the matrices
+        steps: of the optimizer
+        batch_size: views a step
+        learning_rate: the largest; it warms up over `warmup` steps and falls to 0 along a cosine
+        weight_decay: of the matrices
         shift: views are moved by up to so many pixels and mirrored, anew in every pass
         measure: validation pictures a domain for the card
     """
 
     pictures: int
     steps: int
-    batch: int = 256
-    rate: float = 1e-3
+    batch_size: int = 256
+    learning_rate: float = 1e-3
     warmup: int = 100
-    decay: float = 0.05
+    weight_decay: float = 0.05
     shift: int = 2
     measure: int = 1200
 
@@ -65,7 +65,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "full": Recipe(pictures=60_000, steps=2000),
     "half": Recipe(pictures=40_000, steps=600),
-    "mini": Recipe(pictures=4_000, steps=160, batch=128, rate=2e-3, warmup=20, measure=240),
+    "mini": Recipe(pictures=4_000, steps=160, batch_size=128, learning_rate=2e-3, warmup=20, measure=240),
 }
 
 
@@ -121,7 +121,7 @@ def _draw_block(folder: Path, seed: int, start: int, stop: int, whole: bool) -> 
         pool.tokens[rows] = tokenize([sentence for pair in captions for sentence in pair]).view(len(pixels), 2, -1)
 
 
-def batch_rows(pictures: int, views: int, batch: int, seed: int, step: int) -> np.ndarray:
+def batch_rows(pictures: int, views: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """The views of a step, one view a picture.
 
     A pass is a new permutation of the pictures, whose incomplete last batch is left out; `views` passes show each view
@@ -130,15 +130,15 @@ def batch_rows(pictures: int, views: int, batch: int, seed: int, step: int) -> n
     Args:
         pictures: in the pool
         views: of each picture
-        batch: views a step
+        batch_size: views a step
         seed: of the order
         step: of the training
 
     Returns:
-        (batch,) rows of the pool
+        (batch_size,) rows of the pool
     """
-    round, position = divmod(step, pictures // batch)
-    picture = seeds.rng(seed, "order", round).permutation(pictures)[position * batch : (position + 1) * batch]
+    round, position = divmod(step, pictures // batch_size)
+    picture = seeds.rng(seed, "order", round).permutation(pictures)[position * batch_size : (position + 1) * batch_size]
     epoch, turn = divmod(round, views)
     view = (seeds.rng(seed, "views", epoch).integers(views, size=pictures)[picture] + turn) % views
     return picture * views + view
@@ -183,11 +183,11 @@ def contrastive_loss(image: Tensor, text: Tensor, caption: Tensor, scale: Tensor
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Linear warm-up, then half a cosine to 0."""
     if step < recipe.warmup:
-        return recipe.rate * (step + 1) / recipe.warmup
-    return recipe.rate * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup))) / 2
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    return recipe.learning_rate * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup))) / 2
 
 
-def optimisers(model: CLIP, recipe: Recipe) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+def optimizers(model: CLIP, recipe: Recipe) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
     """Muon for the matrices of the blocks, AdamW for the rest; norms, biases, embeddings and logit scale do not decay.
 
     Each group says in `times` what it takes the learning rate times.
@@ -196,10 +196,10 @@ def optimisers(model: CLIP, recipe: Recipe) -> tuple[torch.optim.Muon, torch.opt
     for name, weight in model.named_parameters():
         fixed = weight.ndim < 2 or "embedding" in name
         (free if fixed else hidden if "resblocks" in name else decayed).append(weight)
-    groups = [{"params": decayed, "weight_decay": recipe.decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
     adam = torch.optim.AdamW([group | {"times": 1.0} for group in groups], betas=(0.9, 0.98), fused=True)
     matrices = [{"params": hidden, "times": MUON}]
-    return torch.optim.Muon(matrices, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"), adam
+    return torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"), adam
 
 
 def step_loss(model: CLIP, pixels: np.ndarray, tokens: np.ndarray) -> Tensor:
@@ -228,7 +228,7 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
     Returns:
         the curve, one row every `KEEP` steps: step, mean loss since the last row, minutes, and what `measure` says
     """
-    descent = optimisers(model, recipe)
+    descent = optimizers(model, recipe)
     curve: list[dict] = []
     if checkpoint is not None and checkpoint.is_file():
         curve = _restore(checkpoint, model, descent)
@@ -236,15 +236,15 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
     first, spent = (curve[-1]["step"], curve[-1]["minutes"]) if curve else (0, 0.0)
     started, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
-        rows = np.sort(batch_rows(recipe.pictures, len(pool.pixels) // recipe.pictures, recipe.batch, seed, step))
+        rows = np.sort(batch_rows(recipe.pictures, len(pool.pixels) // recipe.pictures, recipe.batch_size, seed, step))
         pixels = jitter(pool.pixels[rows], recipe.shift, seeds.rng(seed, "jitter", step))
         loss = step_loss(model.train(), pixels, pool.tokens[rows])
         model.zero_grad()
         loss.backward()
-        for optimiser in descent:
-            for group in optimiser.param_groups:
+        for optimizer in descent:
+            for group in optimizer.param_groups:
                 group["lr"] = group["times"] * learning_rate(recipe, step)
-            optimiser.step()
+            optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         losses.append(loss.item())
@@ -261,8 +261,8 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
 
 def _keep(checkpoint: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer], curve: list[dict]) -> None:
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    for o, optimiser in enumerate(descent):
-        for i, state in optimiser.state_dict()["state"].items():
+    for o, optimizer in enumerate(descent):
+        for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{o}.{i}.{key}": value for key, value in state.items()}
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     paths.write(checkpoint, save(tensors, metadata={"curve": json.dumps(curve)}))
@@ -273,13 +273,13 @@ def _restore(checkpoint: Path, model: CLIP, descent: Sequence[torch.optim.Optimi
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         curve = json.loads(file.metadata()["curve"])
     model.load_state_dict({key[6:]: tensors.pop(key) for key in list(tensors) if key.startswith("model.")})
-    for o, optimiser in enumerate(descent):
+    for o, optimizer in enumerate(descent):
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             which, i, name = key.split(".")
             if which == str(o):
                 state.setdefault(int(i), {})[name] = value
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return curve
 
 

@@ -52,11 +52,11 @@ def layers() -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(D, D // 2), torch.nn.ReLU(), torch.nn.Linear(D // 2, 2 * D))
 
 
-def descend(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """Backward, AdamW."""
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def plain_loss(network: torch.nn.Module, rows: Tensor, classes: Tensor, label: Tensor) -> Tensor:
@@ -76,11 +76,11 @@ def plain_boxes(x: Tensor, y: Tensor, label: Tensor, seed: int, epochs: int) -> 
     """Stage 1 of one seed."""
     torch.manual_seed(seed)
     network = layers()
-    optimiser = torch.optim.AdamW(network.parameters(), **OPTIONS)
+    optimizer = torch.optim.AdamW(network.parameters(), **OPTIONS)
     batches = loader(seed, x, y)
     for _ in range(epochs):
         for rows, classes in batches:
-            descend(optimiser, plain_loss(network, rows, classes, label))
+            descend(optimizer, plain_loss(network, rows, classes, label))
     with torch.no_grad():
         minus, plus = (F.normalize(corner, dim=1) for corner in network(x).chunk(2, 1))
     return minus, plus
@@ -93,11 +93,11 @@ def plain_probe(
     torch.manual_seed(seed)
     batches = loader(seed, torch.cat([x, *plain_draw(*corners)]), y.repeat(SAMPLES + 1))
     layer = torch.nn.Linear(D, C)
-    optimiser = torch.optim.AdamW(layer.parameters(), **OPTIONS)
+    optimizer = torch.optim.AdamW(layer.parameters(), **OPTIONS)
     best, state = -1.0, None
     for _ in range(epochs):
         for rows, classes in batches:
-            descend(optimiser, F.cross_entropy(layer(rows), classes))
+            descend(optimizer, F.cross_entropy(layer(rows), classes))
         with torch.no_grad():
             right = (layer(x_val).argmax(1) == y_val).float().mean().item()
         if right > best:
@@ -153,8 +153,8 @@ def ready_steps(x: Tensor, y: Tensor, label: Tensor) -> tuple[list[Callable[[], 
         return probe.cross_entropy(probe.affine(many, *linear), every) / BATCH
 
     def stepping(parameters: object, loss: Callable[[], Tensor], **options: bool) -> Callable[[], None]:
-        optimiser = torch.optim.AdamW(parameters, **OPTIONS, **options)
-        return lambda: descend(optimiser, loss())
+        optimizer = torch.optim.AdamW(parameters, **OPTIONS, **options)
+        return lambda: descend(optimizer, loss())
 
     ours = [stepping(network, our_loss, fused=True), stepping(linear, our_scores, fused=True)]
     plain = [

@@ -11,7 +11,7 @@ from measure import peak_growth
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upclose.features import Text
+from upclose.features import Ladder, Text
 from upclose.methods import lgca
 
 
@@ -45,8 +45,8 @@ def scoring(*sizes: int):
     """The call whose memory is measured, after a small one."""
     ladder, image, label, description = inputs(*sizes)
     text = Text.from_lists(label, list(description))
-    lgca.scores(ladder[:1], image[:1], Text.from_lists(label[:2], list(description[:2])))
-    return lambda: lgca.scores(ladder, image, text)
+    lgca.scores(Ladder(image[:1], ladder[:1]), Text.from_lists(label[:2], list(description[:2])))
+    return lambda: lgca.scores(Ladder(image, ladder), text)
 
 
 def main() -> None:
@@ -66,10 +66,10 @@ def main() -> None:
     memory = peak_growth("bench_lgca", "scoring", *sizes)
     ladder, image, label, description = inputs(*sizes)
     text = Text.from_lists(label, list(description))
-    found, ours, baseline = lgca.scores(ladder, image, text), [], []
+    found, ours, baseline = lgca.scores(Ladder(image, ladder), text), [], []
     for _ in range(n.repeats):
         start = time.perf_counter()
-        lgca.scores(ladder, image, text)
+        lgca.scores(Ladder(image, ladder), text)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
         expected = loop(ladder, image, label[: n.sample], description[: n.sample])

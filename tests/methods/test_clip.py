@@ -65,7 +65,9 @@ def test_one_description_that_is_the_prompt_is_clip(world):
     views, text = world
     own = Text.from_lists(text.label, list(text.label[:, None]))
     for normalise in (False, True):
-        assert torch.allclose(clip.description_scores(views, own, normalise), clip.scores(views, text), atol=1e-6)
+        assert torch.allclose(
+            clip.description_scores(views, own, normalise=normalise), clip.scores(views, text), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("function", [clip.scores, clip.description_scores, clip.multi_crop_scores])

@@ -212,7 +212,7 @@ def test_with_one_crop_that_is_the_image_the_cache_is_tip_adapter_with_repeated_
     repeats = torch.tensor(COUNTS)[label]
     key, owner = views.image.repeat_interleave(repeats, 0), label.repeat_interleave(repeats)
     assert torch.equal(cache.key, key)
-    expected = tip_adapter.scores(views.image, key, owner, C, 2.0)
+    expected = tip_adapter.scores(views.image, key, owner, classes=C, beta=2.0)
     assert torch.allclose(dnd.cache_scores(whole, cache, C, 2.0), expected, atol=1e-5)
 
 
@@ -232,7 +232,7 @@ def test_only_the_local_aware_cache_sees_evidence_that_one_crop_holds():
     label = torch.tensor([0, 1])
     train, test = views([picture(0, 0), picture(1, 1)]), views([picture(0, 1), picture(1, 0)])
     local = dnd.cache_scores(test, dnd.local_cache(train, label, text), 2, beta=5.0)
-    whole = tip_adapter.scores(test.image, train.image, label, 2, beta=5.0)
+    whole = tip_adapter.scores(test.image, train.image, label, classes=2, beta=5.0)
     assert torch.equal(local.argmax(1), label)
     assert torch.equal(whole.argmax(1), 1 - label)
 
@@ -262,10 +262,10 @@ def test_nothing_that_scores_test_images_takes_their_labels():
 # test-time
 
 
-def naive_stream(views, text, capacity, alpha, beta, zero):
+def naive_stream(views, text, capacity, alpha, beta, zero_shot):
     """TDA's queue with local-aware keys, image after image."""
     queues, result = {}, []
-    for crops, z in zip(views.crop, zero):
+    for crops, z in zip(views.crop, zero_shot):
         p = (100 * z.double()).softmax(0)
         entropy, c = -(p * p.log()).nan_to_num().sum().item(), int(z.argmax())
         descriptions = text.description[text.owner == c]
@@ -286,36 +286,36 @@ def naive_stream(views, text, capacity, alpha, beta, zero):
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_the_stream_equals_a_loop_over_images_whatever_the_batch(capacity, batch_size):
     views, text = draws(3, batch=30)
-    zero = clip.multi_crop_scores(views, text)
-    assert len(zero.argmax(1).unique()) > 1
-    expected = naive_stream(views, text, capacity, 0.1, 5.0, zero)
-    scores = dnd.stream(views, text, capacity, alpha=0.1, beta=5.0, zero=zero, batch_size=batch_size)
+    zero_shot = clip.multi_crop_scores(views, text)
+    assert len(zero_shot.argmax(1).unique()) > 1
+    expected = naive_stream(views, text, capacity, 0.1, 5.0, zero_shot)
+    scores = dnd.stream(views, text, capacity, alpha=0.1, beta=5.0, zero_shot=zero_shot, batch_size=batch_size)
     assert torch.allclose(scores, expected, atol=1e-5)
 
 
 def test_the_stream_depends_on_the_order_but_not_on_what_comes_later():
     views, text = draws(4, batch=30)
-    zero = clip.multi_crop_scores(views, text)
-    scores = dnd.stream(views, text, 2, alpha=1.0, zero=zero)
-    first = dnd.stream(views.select(slice(0, 11)), text, 2, alpha=1.0, zero=zero[:11])
+    zero_shot = clip.multi_crop_scores(views, text)
+    scores = dnd.stream(views, text, 2, alpha=1.0, zero_shot=zero_shot)
+    first = dnd.stream(views.select(slice(0, 11)), text, 2, alpha=1.0, zero_shot=zero_shot[:11])
     assert torch.allclose(first, scores[:11], atol=1e-5)
-    back = dnd.stream(views.select(torch.arange(29, -1, -1)), text, 2, alpha=1.0, zero=zero.flip(0)).flip(0)
+    back = dnd.stream(views.select(torch.arange(29, -1, -1)), text, 2, alpha=1.0, zero_shot=zero_shot.flip(0)).flip(0)
     assert (back - scores).abs().max() > 0.1
 
 
 def test_the_stream_starts_from_zero_shot_scores(world):
     views, text = world[0].select(slice(0, 2)), world[1]
-    zero = dnd.scores(views, text)
-    assert torch.equal(dnd.stream(views, text, alpha=0.0), zero)
-    assert torch.equal(dnd.stream(views, text, zero=zero), dnd.stream(views, text))
+    zero_shot = dnd.scores(views, text)
+    assert torch.equal(dnd.stream(views, text, alpha=0.0), zero_shot)
+    assert torch.equal(dnd.stream(views, text, zero_shot=zero_shot), dnd.stream(views, text))
 
 
 def test_an_unusable_queue_or_zero_shot_table_is_an_error(world):
     views, text = world
     with pytest.raises(ValueError, match="capacity of at least 1"):
         dnd.stream(views, text, capacity=0)
-    with pytest.raises(ValueError, match=r"zero \(2, 4\), but there are 6 images"):
-        dnd.stream(views, text, zero=torch.zeros(2, C))
+    with pytest.raises(ValueError, match=r"zero_shot \(2, 4\), but there are 6 images"):
+        dnd.stream(views, text, zero_shot=torch.zeros(2, C))
 
 
 def test_of_equal_entropies_the_oldest_stay():
@@ -345,5 +345,5 @@ def test_votes_wait_for_no_device():
         cache = dnd.Cache(torch.empty(6, D), whole, whole, whole)
         views = Views(torch.empty(5, D), torch.empty(5, N, D))
         assert dnd.cache_scores(views, cache, C, 2.0).shape == (5, C)
-        votes = tip_adapter.scores(views.image, cache.key, cache.label, C, 2.0)
+        votes = tip_adapter.scores(views.image, cache.key, cache.label, classes=C, beta=2.0)
         assert (votes.shape, votes.device.type) == ((5, C), "cuda")

@@ -171,14 +171,14 @@ def test_views_without_tokens_are_an_error():
 def test_gamma_equals_equation_16():
     psi = torch.tensor([[0.1, 0.3, 0.25], [0.2, 0.2, 0.1], [-0.3, -0.1, -0.2], [0.5, -0.5, 0.0]])
     assert fair.pseudo_label_weights(psi).tolist() == pytest.approx([0.3 * 0.05, 0, 0, 0.25], abs=1e-7)
-    assert fair.pseudo_label_weights(psi, "top").tolist() == pytest.approx([0.3, 0.2, 0, 0.5])
-    assert fair.pseudo_label_weights(psi, "none").tolist() == [1, 1, 1, 1]
+    assert fair.pseudo_label_weights(psi, form="top").tolist() == pytest.approx([0.3, 0.2, 0, 0.5])
+    assert fair.pseudo_label_weights(psi, form="none").tolist() == [1, 1, 1, 1]
     assert fair.pseudo_label_weights(psi[:, :2]).tolist() == pytest.approx([0.06, 0, 0, 0.5])
 
 
 def test_gamma_of_another_form_or_of_one_class_is_an_error():
     with pytest.raises(ValueError, match="'gap', 'top', 'none', not 'foo'"):
-        fair.pseudo_label_weights(torch.rand(2, 3), "foo")
+        fair.pseudo_label_weights(torch.rand(2, 3), form="foo")
     with pytest.raises(ValueError, match="1 class"):
         fair.pseudo_label_weights(torch.rand(2, 1))
 
@@ -358,7 +358,7 @@ def test_two_epochs_of_two_batches_equal_a_naive_loop(encoder):
     anchors = torch.stack([text.description[text.owner == c].mean(0) for c in range(3)])
     anchors = nn.Parameter(normalize(anchors, dim=-1))
     tuned = [w for m in visual.modules() if isinstance(m, nn.LayerNorm) for w in (m.weight, m.bias)]
-    optimiser = torch.optim.AdamW([anchors, *(w.requires_grad_() for w in tuned)], lr=1e-2)
+    optimizer = torch.optim.AdamW([anchors, *(w.requires_grad_() for w in tuned)], lr=1e-2)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (encoder.mean, encoder.std))
     average, step = torch.full((3,), 1 / 3), 0
     for epoch in range(2):
@@ -370,10 +370,10 @@ def test_two_epochs_of_two_batches_equal_a_naive_loop(encoder):
             average = 0.6 * average.detach() + 0.4 * p.mean(0)
             self_training = -p[range(len(rows)), dataset.truth[rows]].log().mean()
             fairness = -average.log().mean()
-            optimiser.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4))
-            optimiser.zero_grad()
+            optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4))
+            optimizer.zero_grad()
             (self_training + fairness).backward()
-            optimiser.step()
+            optimizer.step()
             losses.append((self_training.item(), fairness.item()))
             step += 1
         wanted = [sum(part) / 2 for part in zip(*losses)]
@@ -427,7 +427,7 @@ def test_the_rows_of_the_tables_label_as_they_say(encoder, row):
         if row == "FAIR":
             assert torch.allclose(psi, fair.scores(views, anchors, 4), atol=1e-6)
     assert torch.equal(found.pseudo_label[0], psi.argmax(-1))
-    expected = fair.pseudo_label_weights(psi, options.get("pseudo_weight", "gap"))
+    expected = fair.pseudo_label_weights(psi, form=options.get("pseudo_weight", "gap"))
     assert torch.allclose(found.weight[0], expected, atol=1e-5)
 
 

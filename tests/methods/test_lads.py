@@ -27,18 +27,18 @@ def alignment(x, moved, direction):
 
 def test_fit_equals_a_plain_loop_over_seeds_and_images():
     x, y, label, unseen = world()
-    d, options = 16, dict(epochs=3, batch=50, learning_rate=0.01, weight_decay=0.1)
-    fitted = lads.augment(lads.fit(x, y, label, label, unseen, SEEDS, alpha=0.3, scale=7.0, **options), x)
+    d, options = 16, dict(epochs=3, batch_size=50, learning_rate=0.01, weight_decay=0.1)
+    fitted = lads.augment(lads.fit(x, y, label, label, unseen, SEEDS, alpha=0.3, logit_scale=7.0, **options), x)
     for s, seed in enumerate(SEEDS):
         start = probe.network([seed], d, d, None, "lads", like=x)
         layers = torch.nn.Sequential(torch.nn.Linear(d, d // 2), torch.nn.ReLU(), torch.nn.Linear(d // 2, d)).to(x)
         with torch.no_grad():
             for parameter, value in zip(layers.parameters(), start):
                 parameter.copy_(value[0].T if parameter.ndim == 2 else value[0, 0])
-        optimiser = torch.optim.AdamW(layers.parameters(), lr=0.01, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(layers.parameters(), lr=0.01, weight_decay=0.1)
         order = generator(seed, "order")
         for _ in range(options["epochs"]):
-            for rows in torch.randperm(len(x), generator=order).split(options["batch"]):
+            for rows in torch.randperm(len(x), generator=order).split(options["batch_size"]):
                 loss = 0
                 for i in rows.tolist():
                     moved = layers(x[i])
@@ -46,9 +46,9 @@ def test_fit_equals_a_plain_loop_over_seeds_and_images():
                     logits = 7.0 * label @ (moved / moved.norm())
                     loss = loss + 0.3 * (1 - step @ wanted / (step.norm() * wanted.norm()))
                     loss = loss + 0.7 * (logits.exp().sum().log() - logits[y[i]])
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
         torch.testing.assert_close(fitted[s], F.normalize(layers(x), dim=1).detach(), rtol=0, atol=1e-8)
 
 
@@ -67,9 +67,9 @@ def test_alpha_trades_domain_for_class():
 
 def test_seeds_together_equal_seeds_alone_after_ten_steps():
     x, y, label, unseen = world(100)
-    together = lads.fit(x, y, label, label, unseen, SEEDS, epochs=5, batch=50)
+    together = lads.fit(x, y, label, label, unseen, SEEDS, epochs=5, batch_size=50)
     for s, seed in enumerate(SEEDS):
-        alone = lads.fit(x, y, label, label, unseen, [seed], epochs=5, batch=50)
+        alone = lads.fit(x, y, label, label, unseen, [seed], epochs=5, batch_size=50)
         for a, b in zip(together, alone):
             torch.testing.assert_close(a[s], b[0], rtol=0, atol=1e-8)
 
@@ -107,7 +107,7 @@ def spoil(x, index, value):
         (lambda x, y, label, unseen: dict(text_unseen=unseen[0, :8]), r"text_unseen is \(5, 8\): .* D = 16"),
         (lambda x, y, label, unseen: dict(text_train=label[0], text_unseen=label[0]), r"text_train\[0\] equals"),
         (lambda x, y, label, unseen: dict(epochs=0), "epochs is 0"),
-        (lambda x, y, label, unseen: dict(batch=0), "batch is 0"),
+        (lambda x, y, label, unseen: dict(batch_size=0), "batch_size is 0"),
         (lambda x, y, label, unseen: dict(text_unseen=spoil(unseen, 2, label[2])), r"text_train\[2\] equals"),
         (lambda x, y, label, unseen: dict(alpha=-0.1), "alpha is -0.1"),
     ],

@@ -48,7 +48,7 @@ def test_losses_equal_naive_loops(scale):
     _, _, label = world()
     boxes, y = random_boxes(2, 6, 16), torch.randint(5, (2, 6), generator=generator(2))
     volume, minus, plus, centre = naive_losses(boxes, label, y, scale)
-    ours = lare.losses(boxes, label, y, scale)
+    ours = lare.losses(boxes, label, y, logit_scale=scale)
     for value, wanted in zip(ours, (volume, minus, plus, centre)):
         assert value.item() == pytest.approx(wanted, rel=1e-10)
     wanted = (1 - 0.3) * volume + 0.3 * (minus + plus + centre) / 3
@@ -66,10 +66,12 @@ def test_gradients_of_the_losses():
     _, _, label = world()
     label, y = label.double(), torch.randint(5, (2, 3), generator=generator(2))
     corners = [(2 * part).requires_grad_() for part in random_boxes(2, 3, label.shape[1])]
-    assert torch.autograd.gradcheck(lambda *corners: tuple(lare.losses(lare.Boxes(*corners), label, y, 5.0)), corners)
+    assert torch.autograd.gradcheck(
+        lambda *corners: tuple(lare.losses(lare.Boxes(*corners), label, y, logit_scale=5.0)), corners
+    )
 
 
-def plain_network(x, y, label, alpha, seed, epochs, batch, learning_rate, weight_decay):
+def plain_network(x, y, label, alpha, seed, epochs, batch_size, learning_rate, weight_decay):
     """One seed: two layers, normalised corners, the equations."""
     d = x.shape[1]
     start = probe.network([seed], d, 2 * d, None, "lare", like=x)
@@ -77,22 +79,22 @@ def plain_network(x, y, label, alpha, seed, epochs, batch, learning_rate, weight
     with torch.no_grad():
         for parameter, value in zip(layers.parameters(), start):
             parameter.copy_(value[0].T if parameter.ndim == 2 else value[0, 0])
-    optimiser = torch.optim.AdamW(layers.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=learning_rate, weight_decay=weight_decay)
     order = generator(seed, "order")
     for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=order).split(batch):
+        for rows in torch.randperm(len(x), generator=order).split(batch_size):
             low, high = (F.normalize(part, dim=1) for part in layers(x[rows]).split(d, 1))
             terms = [F.cross_entropy(p @ label.T, y[rows], reduction="sum") for p in (low, high, (low + high) / 2)]
             loss = (1 - alpha) * (low * high).sum() + alpha * sum(terms) / 3
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     return [F.normalize(part, dim=1).detach() for part in layers(x).split(d, 1)]
 
 
 def test_fit_equals_a_plain_loop_over_seeds():
     x, y, label = world()
-    options = dict(epochs=4, batch=50, learning_rate=0.01, weight_decay=0.1)
+    options = dict(epochs=4, batch_size=50, learning_rate=0.01, weight_decay=0.1)
     boxes = lare.fit_boxes(x, y, label, 0.6, SEEDS, **options)
     for s, seed in enumerate(SEEDS):
         minus, plus = plain_network(x, y, label, 0.6, seed, **options)
@@ -102,9 +104,9 @@ def test_fit_equals_a_plain_loop_over_seeds():
 
 def test_seeds_together_equal_seeds_alone_after_ten_steps():
     x, y, label = world(100)
-    together = lare.fit_network(x, y, label, 0.7, SEEDS, epochs=5, batch=50)
+    together = lare.fit_network(x, y, label, 0.7, SEEDS, epochs=5, batch_size=50)
     for s, seed in enumerate(SEEDS):
-        alone = lare.fit_network(x, y, label, 0.7, [seed], epochs=5, batch=50)
+        alone = lare.fit_network(x, y, label, 0.7, [seed], epochs=5, batch_size=50)
         for a, b in zip(together, alone):
             torch.testing.assert_close(a[s], b[0], rtol=0, atol=1e-8)
     assert not torch.allclose(together.weight_in[0], together.weight_in[1])
@@ -277,7 +279,7 @@ def spoil(x, index, value):
         (lambda x, y, label: dict(x=x[0]), r"x is \(16,\): give \(N, D\)"),
         (lambda x, y, label: dict(label=label[:, :8]), r"label is \(5, 8\): give \(C, D\) with D = 16"),
         (lambda x, y, label: dict(epochs=0), "epochs is 0"),
-        (lambda x, y, label: dict(batch=0), "batch is 0"),
+        (lambda x, y, label: dict(batch_size=0), "batch_size is 0"),
         (lambda x, y, label: dict(alpha=1.5), "alpha is 1.5"),
         (lambda x, y, label: dict(alpha=math.nan), "alpha is nan"),
         (lambda x, y, label: dict(seeds=[2, 2]), r"seeds are \[2, 2\]"),
@@ -340,10 +342,12 @@ def test_samples_of_two_images_are_drawn_apart():
 
 def test_boxes_are_fitted_with_every_option():
     x, y, label = world(12, classes=3)
-    options = dict(alpha=0.3, seeds=[4], epochs=2, batch=5, learning_rate=0.02, weight_decay=0.3, hidden=7, scale=30.0)
+    options = dict(
+        alpha=0.3, seeds=[4], epochs=2, batch_size=5, learning_rate=0.02, weight_decay=0.3, hidden=7, logit_scale=30.0
+    )
     network = lare.fit_network(x, y, label, **options)
     assert network.weight_in.shape == (1, 16, 7)
     for found, expected in zip(lare.fit_boxes(x, y, label, **options), lare.f_box(network, x)):
         assert torch.equal(found, expected)
-    for other in (dict(alpha=0.9), dict(scale=1.0)):
+    for other in (dict(alpha=0.9), dict(logit_scale=1.0)):
         assert not torch.allclose(lare.fit_network(x, y, label, **options | other).weight_in, network.weight_in)

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
 from upclose import crops, seeds
-from upclose.features import Text, Views
+from upclose.features import Ladder, Text, Views
 from upclose.methods import lgca, wca
 
 COUNTS = (3, 1, 4, 2, 4)
@@ -33,14 +33,14 @@ def test_scores_and_selected_sets_equal_the_equations(n, scale):
     ladder, image, text = world(n=n, steps=lgca.steps(n))
     scales = dict(image_scale=scale[0], text_scale=scale[1])
     expected, selected = naive_lgca.scores(ladder, image, text, **scales)
-    assert close(lgca.scores(ladder, image, text, **scales), expected)
-    assert torch.equal(lgca.trace(ladder, image, text, **scales), selected)
-    assert torch.equal(lgca.survivors(ladder, image, text, **scales), selected.any(1))
+    assert close(lgca.scores(Ladder(image, ladder), text, **scales), expected)
+    assert torch.equal(lgca.trace(Ladder(image, ladder), text, **scales), selected)
+    assert torch.equal(lgca.survivors(Ladder(image, ladder), text, **scales), selected.any(1))
 
 
 def test_float32_scores_equal_the_equations():
     ladder, image, text = world(n=32, steps=5, dtype=torch.float32)
-    found = lgca.scores(ladder, image, text)
+    found = lgca.scores(Ladder(image, ladder), text)
     assert found.dtype == torch.float32
     assert close(found, naive_lgca.scores(ladder, image, text)[0])
 
@@ -50,13 +50,13 @@ def test_topk_and_alphas_reach_the_equations():
     for given, used in [(5, [5] * 4), ([6, 2, 1], [6, 2, 1, 1]), (1000, [1000] * 4), ("halving", None)]:
         alphas = torch.tensor([0.1, 0.2, 0.3, 0.4])
         expected, selected = naive_lgca.scores(ladder, image, text, top_k=used, alphas=alphas)
-        assert close(lgca.scores(ladder, image, text, alphas, given), expected)
-        assert torch.equal(lgca.trace(ladder, image, text, top_k=given), selected)
+        assert close(lgca.scores(Ladder(image, ladder), text, alphas=alphas, top_k=given), expected)
+        assert torch.equal(lgca.trace(Ladder(image, ladder), text, top_k=given), selected)
 
 
 def test_topk_beyond_all_entries_keeps_every_crop():
     ladder, image, text = world()
-    assert lgca.trace(ladder, image, text, top_k=12 * 4).all()
+    assert lgca.trace(Ladder(image, ladder), text, top_k=12 * 4).all()
 
 
 @pytest.mark.parametrize("boundary", ["shift", "clip"])
@@ -92,8 +92,8 @@ def test_random_pictures_through_a_model_with_random_weights(boundary):
 
         return crop
 
-    selected = lgca.trace(ladder, torch.stack(whole), text)
-    found = lgca.scores(ladder, torch.stack(whole), text)
+    selected = lgca.trace(Ladder(torch.stack(whole), ladder), text)
+    found = lgca.scores(Ladder(torch.stack(whole), ladder), text)
     for b in range(2):
         for c in range(len(COUNTS)):
             rows = text.description[text.owner == c]
@@ -104,35 +104,40 @@ def test_random_pictures_through_a_model_with_random_weights(boundary):
 
 def test_one_step_is_wca():
     ladder, image, text = world(steps=1)
-    for scales in [(1.0, 1.0), (0.0, 3.0), (20.0, 0.0)]:
-        expected = wca.scores(Views(image, ladder[:, 0]), text, *scales)
-        assert close(lgca.scores(ladder, image, text, None, "halving", *scales), expected)
+    for image_scale, text_scale in [(1.0, 1.0), (0.0, 3.0), (20.0, 0.0)]:
+        scales = dict(image_scale=image_scale, text_scale=text_scale)
+        expected = wca.scores(Views(image, ladder[:, 0]), text, **scales)
+        assert close(lgca.scores(Ladder(image, ladder), text, **scales), expected)
 
 
 def test_a_ladder_of_equal_levels_with_every_crop_kept_is_wca():
     ladder, image, text = world()
     same = ladder[:, :1].expand(-1, 3, -1, -1)
-    assert close(lgca.scores(same, image, text, top_k=1000), wca.scores(Views(image, ladder[:, 0]), text))
+    assert close(lgca.scores(Ladder(image, same), text, top_k=1000), wca.scores(Views(image, ladder[:, 0]), text))
 
 
 def test_the_steps_sum_to_the_scores():
     ladder, image, text = world()
-    steps = lgca.step_scores(ladder, image, text)
+    steps = lgca.step_scores(Ladder(image, ladder), text)
     assert steps.shape == (3, 3, len(COUNTS))
-    assert close(lgca.scores(ladder, image, text, [1, 0, 0]), wca.scores(Views(image, ladder[:, 0]), text))
-    assert close(lgca.scores(ladder, image, text, [0.5, 2, 1]), 0.5 * steps[:, 0] + 2 * steps[:, 1] + steps[:, 2])
+    assert close(
+        lgca.scores(Ladder(image, ladder), text, alphas=[1, 0, 0]), wca.scores(Views(image, ladder[:, 0]), text)
+    )
+    assert close(
+        lgca.scores(Ladder(image, ladder), text, alphas=[0.5, 2, 1]), 0.5 * steps[:, 0] + 2 * steps[:, 1] + steps[:, 2]
+    )
 
 
 def test_a_level_more_scores_the_last_set_and_changes_nothing_before():
     ladder, image, text = world(steps=4, n=8)  # the paper's T is 3
-    longer, shorter = (lgca.step_scores(x, image, text) for x in (ladder, ladder[:, :3]))
+    longer, shorter = (lgca.step_scores(Ladder(image, x), text) for x in (ladder, ladder[:, :3]))
     assert close(longer[:, :3], shorter)
-    assert (lgca.trace(ladder, image, text)[:, :, 3].sum(-1) == 1).all()
+    assert (lgca.trace(Ladder(image, ladder), text)[:, :, 3].sum(-1) == 1).all()
 
 
 def test_sets_shrink_by_the_rule_and_are_nested():
     ladder, image, text = world(steps=4, n=20)
-    selected = lgca.trace(ladder, image, text)
+    selected = lgca.trace(Ladder(image, ladder), text)
     assert selected[:, :, 0].all()
     for t, most in [(1, 10), (2, 5), (3, 2)]:
         assert selected[:, :, t].sum(-1).max() <= most
@@ -142,27 +147,28 @@ def test_sets_shrink_by_the_rule_and_are_nested():
 
 def test_permuting_crops_descriptions_or_classes_permutes_nothing_else():
     ladder, image, text = world()
-    expected, selected = lgca.scores(ladder, image, text), lgca.trace(ladder, image, text)
+    expected, selected = lgca.scores(Ladder(image, ladder), text), lgca.trace(Ladder(image, ladder), text)
 
     order = torch.randperm(12, generator=seeds.generator(0, "order"))
-    assert close(lgca.scores(ladder[:, :, order], image, text), expected)
-    assert torch.equal(lgca.trace(ladder[:, :, order], image, text), selected[..., order])
+    assert close(lgca.scores(Ladder(image, ladder[:, :, order]), text), expected)
+    assert torch.equal(lgca.trace(Ladder(image, ladder[:, :, order]), text), selected[..., order])
 
     rows = [text.description[text.owner == c] for c in range(len(COUNTS))]
     flipped = Text.from_lists(text.label, [r.flip(0) for r in rows])
-    assert close(lgca.scores(ladder, image, flipped), expected)
-    assert torch.equal(lgca.trace(ladder, image, flipped), selected)
+    assert close(lgca.scores(Ladder(image, ladder), flipped), expected)
+    assert torch.equal(lgca.trace(Ladder(image, ladder), flipped), selected)
 
     classes = [4, 2, 0, 1, 3]
     moved = Text.from_lists(text.label[classes], [rows[c] for c in classes])
-    assert close(lgca.scores(ladder, image, moved), expected[:, classes])
-    assert torch.equal(lgca.trace(ladder, image, moved), selected[:, classes])
-    assert torch.equal(lgca.trace(ladder, image, text, classes), selected[:, classes])
+    assert close(lgca.scores(Ladder(image, ladder), moved), expected[:, classes])
+    assert torch.equal(lgca.trace(Ladder(image, ladder), moved), selected[:, classes])
+    assert torch.equal(lgca.trace(Ladder(image, ladder), text, classes=classes), selected[:, classes])
 
 
 @pytest.mark.parametrize("entries", [1, 12 * 4 * 2, 12 * 4 * 7])
 def test_the_chunk_changes_nothing(monkeypatch, entries):
-    arguments = world(batch=5)
+    ladder, image, text = world(batch=5)
+    arguments = Ladder(image, ladder), text
     expected = lgca.step_scores(*arguments), lgca.trace(*arguments), lgca.survivors(*arguments)
     monkeypatch.setattr(lgca, "ENTRIES", entries)
     assert close(lgca.step_scores(*arguments), expected[0])
@@ -173,7 +179,7 @@ def test_the_chunk_changes_nothing(monkeypatch, entries):
 def test_padding_of_other_classes_changes_nothing():
     ladder, image, text = world()
     alone = Text.from_lists(text.label[1:2], [text.description[text.owner == 1]])
-    assert close(lgca.scores(ladder, image, alone), lgca.scores(ladder, image, text)[:, 1:2])
+    assert close(lgca.scores(Ladder(image, ladder), alone), lgca.scores(Ladder(image, ladder), text)[:, 1:2])
 
 
 def test_negative_entries_are_never_beaten_by_padding():
@@ -182,15 +188,15 @@ def test_negative_entries_are_never_beaten_by_padding():
     near = normalize(ladder + 20 * ladder[:1, :1, :1], dim=-1)
     assert (near @ opposite.description.T < 0).all()
     expected, selected = naive_lgca.scores(near, image, opposite)
-    assert close(lgca.scores(near, image, opposite), expected)
-    assert torch.equal(lgca.trace(near, image, opposite), selected)
+    assert close(lgca.scores(Ladder(image, near), opposite), expected)
+    assert torch.equal(lgca.trace(Ladder(image, near), opposite), selected)
 
 
 def test_ties_go_to_the_lower_crop_then_the_lower_description():
     axis = torch.eye(4, dtype=torch.float64)
     ladder = axis[0].expand(1, 3, 8, 4)
     text = Text.from_lists(axis[:2], [axis[[0, 0]], axis[[0, 0, 0]]])  # every entry of a class is equal
-    selected = lgca.trace(ladder, axis[:1], text)
+    selected = lgca.trace(Ladder(axis[:1], ladder), text)
     for c, sets in enumerate([[8, 2, 1], [8, 2, 1]]):  # topK = 4 entries: crops 0, 0, 1, 1 | 0, 0, 0, 1; then 2
         for t, size in enumerate(sets):
             assert selected[0, c, t].nonzero()[:, 0].tolist() == list(range(size))
@@ -208,7 +214,7 @@ def test_crops_as_large_as_the_image_stay_what_they_are():
     assert len(crops.ladder_boxes(box, 1.25, 3, 50, 50).flatten(0, 1).unique(dim=0)) == 1
     _, image, text = world(batch=2)
     ladder = image[:, None, None].expand(-1, 3, 4, -1)  # one encoding
-    assert close(lgca.scores(ladder, image, text), wca.scores(Views(image, image[:, None]), text))
+    assert close(lgca.scores(Ladder(image, ladder), text), wca.scores(Views(image, image[:, None]), text))
 
 
 @pytest.mark.parametrize("top_k", ["halving", 5, [6, 2, 1]])
@@ -221,10 +227,10 @@ def test_a_lazy_ladder_encodes_the_survivors_and_scores_as_the_whole(top_k):
         asked[t, crop] = True
         return ladder[0, t, crop]
 
-    lazy = lgca.lazy_ladder(encode, image[0], text, 12, 4, top_k)
-    assert torch.equal(asked, lgca.survivors(ladder, image, text, top_k)[0])
+    lazy = lgca.lazy_ladder(encode, image[0], text, 12, 4, top_k=top_k)
+    assert torch.equal(asked, lgca.survivors(Ladder(image, ladder), text, top_k=top_k)[0])
     assert not asked.all()
-    assert torch.equal(lgca.scores(lazy, image, text, top_k=top_k), lgca.scores(ladder, image, text, top_k=top_k))
+    assert torch.equal(lgca.scores(lazy, text, top_k=top_k), lgca.scores(Ladder(image, ladder), text, top_k=top_k))
 
 
 def test_steps_of_the_paper():
@@ -241,13 +247,14 @@ def test_steps_of_the_paper():
         (dict(top_k=[3]), r"top_k=\[3\] for a ladder of 3 steps"),
         (dict(top_k=[3, 0]), r"top_k=\[3, 0\]"),
         (dict(image=torch.zeros(3, 4)), r"image \(3, 4\)"),
-        (dict(ladder=torch.zeros(3, 12, 16)), r"ladder \(3, 12, 16\)"),
+        (dict(crop=torch.zeros(3, 12, 16)), r"ladder.crop \(3, 12, 16\)"),
     ],
 )
 def test_errors_name_the_value(change, message):
     ladder, image, text = world()
+    parts = {name: change.pop(name) for name in ("image", "crop") if name in change}
     with pytest.raises(ValueError, match=message):
-        lgca.scores(**(dict(ladder=ladder, image=image, text=text) | change))
+        lgca.scores(Ladder(image, ladder)._replace(**parts), text, **change)
 
 
 def test_the_walk_runs_on_a_device_without_reading_values_back():

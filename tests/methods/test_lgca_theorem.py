@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from upclose import seeds
-from upclose.features import Text, Views
+from upclose.features import Ladder, Text, Views
 from upclose.methods import lgca, lgca_theorem, wca
 
 
@@ -24,8 +24,8 @@ def features(n, m, classes=1, batch=1, dim=16):
 def test_the_counted_algorithm_is_lgca_and_its_counts_are_those_of_its_sets(n, m):
     ladder, image, text = features(n, m)
     similarity, steps = lgca_theorem.count(ladder[0], image[0], text.label[0], text.description)
-    assert similarity == pytest.approx(lgca.scores(ladder, image, text).item(), abs=1e-6)
-    sets = lgca.trace(ladder, image, text)[0, 0].sum(-1).tolist()
+    assert similarity == pytest.approx(lgca.scores(Ladder(image, ladder), text).item(), abs=1e-6)
+    sets = lgca.trace(Ladder(image, ladder), text)[0, 0].sum(-1).tolist()
     assert [step.encodings for step in steps] == sets
     assert [step.entries for step in steps] == [size * m for size in sets]
     assert all(step.comparisons >= step.entries - 1 for step in steps)

@@ -16,7 +16,7 @@ def world(n=120, d=16, classes=5, dtype=torch.float64, seed=0):
     return F.normalize(centre[y] + 1.5 * torch.randn(n, d, generator=generator(seed, "world"), dtype=dtype), dim=1), y
 
 
-def plain_fit(x, y, x_val, y_val, seed, epochs, batch, learning_rate, weight_decay):
+def plain_fit(x, y, x_val, y_val, seed, epochs, batch_size, learning_rate, weight_decay):
     """One seed, one layer, one minibatch at a time."""
     classes = int(max(y.max(), y_val.max())) + 1
     weight, bias = probe.linear([seed], x.shape[1], classes, "probe", like=x)
@@ -24,17 +24,17 @@ def plain_fit(x, y, x_val, y_val, seed, epochs, batch, learning_rate, weight_dec
     with torch.no_grad():
         layer.weight.copy_(weight[0].T)
         layer.bias.copy_(bias[0, 0])
-    optimiser = torch.optim.AdamW(layer.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=learning_rate, weight_decay=weight_decay)
     order, best = generator(seed, "order"), (-1.0,)
     for epoch in range(epochs):
-        for rows in torch.randperm(len(x), generator=order).split(batch):
+        for rows in torch.randperm(len(x), generator=order).split(batch_size):
             loss = 0
             for i in rows.tolist():
                 score = layer(x[i])
                 loss = loss - (score[y[i]] - score.exp().sum().log()) / len(rows)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         right = (layer(x_val).argmax(1) == y_val).double().mean().item()
         if right > best[0]:
             best = right, epoch, layer.weight.detach().T.clone(), layer.bias.detach().clone()
@@ -44,7 +44,7 @@ def plain_fit(x, y, x_val, y_val, seed, epochs, batch, learning_rate, weight_dec
 def test_equals_a_plain_loop_over_seeds_and_images():
     x, y = world()
     x_val, y_val = world(60, seed=1)
-    options = dict(epochs=4, batch=50, learning_rate=0.05, weight_decay=0.1)
+    options = dict(epochs=4, batch_size=50, learning_rate=0.05, weight_decay=0.1)
     fitted = probe.fit(x, y, x_val, y_val, SEEDS, **options)
     for s, seed in enumerate(SEEDS):
         right, epoch, weight, bias = plain_fit(x, y, x_val, y_val, seed, **options)
@@ -57,7 +57,7 @@ def test_equals_a_plain_loop_over_seeds_and_images():
 def test_seeds_together_equal_seeds_alone_with_samples_of_their_own():
     x, y = world(100)
     sample = 0.5 * torch.randn(len(SEEDS), 100, 3, 16, generator=generator(0), dtype=x.dtype)
-    options = dict(epochs=5, batch=200)  # 10 steps over 400 rows
+    options = dict(epochs=5, batch_size=200)  # 10 steps over 400 rows
     together = probe.fit(x, y, x, y, SEEDS, sample=sample, **options)
     for s, seed in enumerate(SEEDS):
         alone = probe.fit(x, y, x, y, [seed], sample=sample[s], **options)
@@ -176,7 +176,7 @@ def uniform(n, classes):
         (lambda x, y: dict(y=y.int()), r"y is torch.int32 .* int64"),
         (lambda x, y: dict(y_val=y > 2), r"y_val is torch.bool .* int64"),
         (lambda x, y: dict(epochs=0), "epochs is 0"),
-        (lambda x, y: dict(batch=0), "batch is 0"),
+        (lambda x, y: dict(batch_size=0), "batch_size is 0"),
         (lambda x, y: dict(y=y[:3]), r"y is .* for 50 embeddings"),
         (lambda x, y: dict(y=y.double()), r"y is torch.float64"),
         (lambda x, y: dict(x=x[:0], y=y[:0]), "for 0 embeddings"),

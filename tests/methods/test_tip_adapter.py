@@ -20,26 +20,26 @@ def shots():
 def test_scores_are_the_paper_s_formula(shots):
     image, key, label = shots
     expected = (-5.5 * (1 - image @ key.T)).exp() @ one_hot(label, C).float()
-    assert torch.allclose(tip_adapter.scores(image, key, label, C, 5.5), expected, atol=1e-5)
+    assert torch.allclose(tip_adapter.scores(image, key, label, classes=C, beta=5.5), expected, atol=1e-5)
 
 
 def test_a_class_without_a_key_gets_zero_and_beta_zero_counts_keys(shots):
-    scores = tip_adapter.scores(*shots, C, 0.0)
+    scores = tip_adapter.scores(*shots, classes=C, beta=0.0)
     assert torch.equal(scores, torch.tensor([3.0, 4, 0, 3, 2]).expand(7, C))
 
 
 def test_an_empty_cache_votes_for_nothing(shots):
     image, key, label = shots
-    assert torch.equal(tip_adapter.scores(image, key[:0], label[:0], C, 1.0), torch.zeros(7, C))
+    assert torch.equal(tip_adapter.scores(image, key[:0], label[:0], classes=C, beta=1.0), torch.zeros(7, C))
 
 
 def test_scores_depend_neither_on_the_order_of_keys_nor_on_the_chunk(shots, monkeypatch):
     image, key, label = shots
-    expected = tip_adapter.scores(image, key, label, C, 3.0)
+    expected = tip_adapter.scores(image, key, label, classes=C, beta=3.0)
     order = torch.arange(12).flip(0)
-    assert torch.allclose(tip_adapter.scores(image, key[order], label[order], C, 3.0), expected, atol=1e-6)
+    assert torch.allclose(tip_adapter.scores(image, key[order], label[order], classes=C, beta=3.0), expected, atol=1e-6)
     monkeypatch.setattr(tip_adapter, "CHUNK", 2 * len(key))
-    assert torch.allclose(tip_adapter.scores(image, key, label, C, 3.0), expected, atol=1e-6)
+    assert torch.allclose(tip_adapter.scores(image, key, label, classes=C, beta=3.0), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_scores_refuse_what_does_not_fit(shots, change, message):
 def test_votes_stay_on_the_device_of_the_keys():
     image, key = torch.empty(7, D, device="meta"), torch.empty(12, D, device="meta")
     label = torch.empty(12, dtype=torch.int64, device="meta")
-    votes = tip_adapter.votes(tip_adapter.affinity(image, key, 2.0), label, C)
+    votes = tip_adapter.cache_logits(tip_adapter.affinity(image, key, 2.0), label, C)
     assert votes.device.type == "meta"
     assert votes.shape == (7, C)
 
@@ -88,7 +88,7 @@ def test_no_shot_is_an_error():
 
 
 def few(seed=0):
-    """4 shots a class whose zero-shot scores are wrong: classes 0 and 1 swapped."""
+    """4 shots a class whose zero_shot-shot scores are wrong: classes 0 and 1 swapped."""
     draw = seeds.generator(seed, "few")
     centre = normalize(torch.randn(C, D, generator=draw), dim=1)
     target = torch.arange(C).repeat_interleave(4)
@@ -97,10 +97,12 @@ def few(seed=0):
 
 
 def test_one_step_of_finetuning_is_one_step_of_adamw():
-    image, target, zero = few()
-    tuned = tip_adapter.finetune(image, target, zero, image, target, 0.5, 4.0, epochs=1, learning_rate=0.01)
+    image, target, zero_shot = few()
+    tuned = tip_adapter.finetune(
+        image, target, zero_shot, image, target, alpha=0.5, beta=4.0, epochs=1, learning_rate=0.01
+    )
     key = image.clone().requires_grad_()
-    logits = 100 * (zero + 0.5 * (-4 * (1 - image @ key.T)).exp() @ one_hot(target, C).float())
+    logits = 100 * (zero_shot + 0.5 * (-4 * (1 - image @ key.T)).exp() @ one_hot(target, C).float())
     cross_entropy(logits, target).backward()
     g = key.grad
     expected = image * (1 - 0.01 * 0.01) - 0.01 * g / (g.abs() + 1e-4)
@@ -108,73 +110,97 @@ def test_one_step_of_finetuning_is_one_step_of_adamw():
 
 
 def test_finetuning_is_seeded_leaves_its_keys_alone_and_lowers_the_loss():
-    image, target, zero = few()
+    image, target, zero_shot = few()
     before = image.clone()
-    arguments = (image, target, zero, image, target, 0.05, 2.0)
+    arguments, options = (
+        (image, target, zero_shot, image, target),
+        dict(alpha=0.05, beta=2.0, learning_rate=0.05, batch_size=6),
+    )
     with torch.no_grad():
-        tuned, again = (tip_adapter.finetune(*arguments, learning_rate=0.05, batch_size=6, seed=2) for _ in range(2))
-    other = tip_adapter.finetune(*arguments, learning_rate=0.05, batch_size=6, seed=3)
+        tuned, again = (tip_adapter.finetune(*arguments, **options, seed=2) for _ in range(2))
+    other = tip_adapter.finetune(*arguments, **options, seed=3)
     assert torch.equal(image, before)
     assert torch.equal(tuned, again)
     assert not torch.equal(tuned, other)
     assert not tuned.requires_grad
 
     def loss(key):
-        return cross_entropy(100 * (zero + 0.05 * tip_adapter.scores(image, key, target, C, 2.0)), target)
+        return cross_entropy(
+            100 * (zero_shot + 0.05 * tip_adapter.scores(image, key, target, classes=C, beta=2.0)), target
+        )
 
     assert loss(tuned) < 0.8 * loss(image)
 
 
 def test_finetuning_refuses_targets_that_do_not_fit():
-    image, target, zero = few()
+    image, target, zero_shot = few()
     with pytest.raises(ValueError, match="20 images, 19 targets"):
-        tip_adapter.finetune(image, target[:-1], zero, image, target, 1.0, 1.0)
+        tip_adapter.finetune(image, target[:-1], zero_shot, image, target, alpha=1.0, beta=1.0)
 
 
 def test_search_finds_the_pair_that_a_loop_finds():
     draw = seeds.generator(0, "search")
-    zero, label = torch.randn(40, C, generator=draw), torch.randint(0, C, (40,), generator=draw)
+    zero_shot, label = torch.randn(40, C, generator=draw), torch.randint(0, C, (40,), generator=draw)
     tables = {beta: torch.randn(40, C, generator=draw) for beta in (1.0, 2.0, 3.0)}
     tables[2.0] += 2 * one_hot(label, C)
     alphas = (0.0, 0.5, 1.0, 5.0)
     best = max(
-        ((float(((zero + a * tables[b]).argmax(1) == label).float().mean()), -i, -j), a, b)
+        ((float(((zero_shot + a * tables[b]).argmax(1) == label).float().mean()), -i, -j), a, b)
         for i, a in enumerate(alphas)
         for j, b in enumerate(tables)
     )
-    choice = tip_adapter.search(zero, tables.__getitem__, label, alphas, list(tables))
+    choice = tip_adapter.search(zero_shot, tables.__getitem__, label, alphas=alphas, betas=list(tables))
     assert (choice.alpha, choice.beta) == best[1:]
     assert choice.accuracy == pytest.approx(best[0][0])
     assert choice.beta == 2.0
 
 
 def test_of_equal_pairs_search_takes_the_first():
-    zero, label = torch.eye(C), torch.arange(C)
-    assert tip_adapter.search(zero, lambda beta: zero, label, (0.0, 1.0), (4.0, 5.0)) == (0.0, 4.0, 1.0)
+    zero_shot, label = torch.eye(C), torch.arange(C)
+    assert tip_adapter.search(zero_shot, lambda beta: zero_shot, label, alphas=(0.0, 1.0), betas=(4.0, 5.0)) == (
+        0.0,
+        4.0,
+        1.0,
+    )
 
 
 def test_search_with_nothing_to_try_is_an_error():
     with pytest.raises(ValueError, match="0 alphas"):
-        tip_adapter.search(torch.eye(2), lambda beta: torch.eye(2), torch.arange(2), (), (1.0,))
+        tip_adapter.search(torch.eye(2), lambda beta: torch.eye(2), torch.arange(2), alphas=(), betas=(1.0,))
 
 
 def test_finetuning_equals_a_plain_loop_over_epochs():
-    image, target, zero = few()
-    tuned = tip_adapter.finetune(image, target, zero, image, target, 0.5, 4.0, 3, 0.01, 6, seed=2, scale=30.0)
+    image, target, zero_shot = few()
+    tuned = tip_adapter.finetune(
+        image,
+        target,
+        zero_shot,
+        image,
+        target,
+        alpha=0.5,
+        beta=4.0,
+        epochs=3,
+        learning_rate=0.01,
+        batch_size=6,
+        seed=2,
+        logit_scale=30.0,
+    )
     key, order = image.clone().requires_grad_(), seeds.generator(2, "tip_adapter.finetune")
-    optimiser, step = torch.optim.AdamW([key], eps=1e-4), 0
+    optimizer, step = torch.optim.AdamW([key], eps=1e-4), 0
     for _ in range(3):
         for rows in torch.randperm(20, generator=order).split(6):
-            optimiser.param_groups[0]["lr"] = 0.01 * (1 + np.cos(np.pi * step / 12)) / 2
-            logits = 30 * (zero[rows] + 0.5 * (-4 * (1 - image[rows] @ key.T)).exp() @ one_hot(target, C).float())
-            optimiser.zero_grad()
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 + np.cos(np.pi * step / 12)) / 2
+            logits = 30 * (zero_shot[rows] + 0.5 * (-4 * (1 - image[rows] @ key.T)).exp() @ one_hot(target, C).float())
+            optimizer.zero_grad()
             cross_entropy(logits, target[rows]).backward()
-            optimiser.step()
+            optimizer.step()
             step += 1
     torch.testing.assert_close(tuned, key.detach(), atol=1e-5, rtol=0)
 
 
 def test_of_equally_good_pairs_the_first_alpha_is_taken():
-    zero, label = torch.tensor([[0.0, 1.0]]), torch.tensor([0])
-    found = tip_adapter.search(zero, lambda beta: torch.tensor([[beta, 0.0]]), label, (1.0, 4.0), (0.5, 4.0))
+    zero_shot, label = torch.tensor([[0.0, 1.0]]), torch.tensor([0])
+    found = tip_adapter.search(
+        zero_shot, lambda beta: torch.tensor([[beta, 0.0]]), label, alphas=(1.0, 4.0), betas=(0.5, 4.0)
+    )
     assert found == (1.0, 4.0, 1.0)

@@ -38,7 +38,8 @@ def naive(views, text, image_scale, text_scale):
 
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.0, 1.0), (5.0, 0.0), (e**4, e**2)])
 def test_scores_equal_the_equations(world, scale):
-    assert torch.allclose(wca.scores(*world, *scale), naive(*world, *scale), atol=1e-6)
+    found = wca.scores(*world, image_scale=scale[0], text_scale=scale[1])
+    assert torch.allclose(found, naive(*world, *scale), atol=1e-6)
 
 
 def test_released_normalises_both_weighted_means(world):
@@ -54,7 +55,7 @@ def test_released_normalises_both_weighted_means(world):
 
 
 def test_scale_0_is_the_multi_crop_control(world):
-    assert torch.allclose(wca.scores(*world, 0, 0), clip.multi_crop_scores(*world), atol=1e-6)
+    assert torch.allclose(wca.scores(*world, image_scale=0, text_scale=0), clip.multi_crop_scores(*world), atol=1e-6)
 
 
 def test_one_crop_that_is_the_image_and_uniform_text_is_clip_d(world):
@@ -73,7 +74,7 @@ def test_one_class_description_that_is_the_prompt_and_one_crop_is_clip(world):
 
 def test_weights_sum_to_1_and_prefer_what_is_like_the_whole(world):
     views, text = world
-    w, v = wca.image_weights(views, 3.0), wca.text_weights(text, 3.0)
+    w, v = wca.image_weights(views, scale=3.0), wca.text_weights(text, scale=3.0)
     assert w.shape == (5, 7)
     assert v.shape == (sum(COUNTS),)
     assert torch.allclose(w.sum(-1), torch.ones(5))
@@ -83,7 +84,7 @@ def test_weights_sum_to_1_and_prefer_what_is_like_the_whole(world):
 
 def test_a_large_scale_picks_the_best_and_does_not_overflow(world):
     views, text = world
-    found = wca.scores(views, text, 1e4, 1e4)
+    found = wca.scores(views, text, image_scale=1e4, text_scale=1e4)
     best = views.crop[torch.arange(5), torch.einsum("bd,bnd->bn", views.image, views.crop).argmax(-1)]
     rows = [text.description[text.owner == c] for c in range(4)]
     row = torch.stack([t[(t @ text.label[c]).argmax()] for c, t in enumerate(rows)])
@@ -92,16 +93,20 @@ def test_a_large_scale_picks_the_best_and_does_not_overflow(world):
 
 def test_permuting_crops_or_descriptions_changes_nothing_and_classes_permute(world):
     views, text = world
-    expected = wca.scores(views, text, 2, 2)
+    expected = wca.scores(views, text, image_scale=2, text_scale=2)
     crops = torch.randperm(7, generator=seeds.generator(1, "crops"))
-    assert torch.allclose(wca.scores(views._replace(crop=views.crop[:, crops]), text, 2, 2), expected, atol=1e-6)
+    assert torch.allclose(
+        wca.scores(views._replace(crop=views.crop[:, crops]), text, image_scale=2, text_scale=2), expected, atol=1e-6
+    )
     rows = [text.description[text.owner == c] for c in range(4)]
     assert torch.allclose(
-        wca.scores(views, Text.from_lists(text.label, [t.flip(0) for t in rows]), 2, 2), expected, atol=1e-6
+        wca.scores(views, Text.from_lists(text.label, [t.flip(0) for t in rows]), image_scale=2, text_scale=2),
+        expected,
+        atol=1e-6,
     )
     order = [2, 0, 3, 1]
     permuted = Text.from_lists(text.label[order], [rows[c] for c in order])
-    assert torch.allclose(wca.scores(views, permuted, 2, 2), expected[:, order], atol=1e-6)
+    assert torch.allclose(wca.scores(views, permuted, image_scale=2, text_scale=2), expected[:, order], atol=1e-6)
 
 
 def test_the_batch_changes_nothing(world):

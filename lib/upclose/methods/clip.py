@@ -48,7 +48,7 @@ def class_means(text: Text) -> Tensor:
     return total / count[:, None]
 
 
-def description_scores(views: Views, text: Text, normalise: bool = False) -> Tensor:
+def description_scores(views: Views, text: Text, *, normalise: bool = False) -> Tensor:
     """CLIP-D: the mean over a class's descriptions of cos(f, t_j).
 
     CuPL and WaffleCLIP are this with other sentences.

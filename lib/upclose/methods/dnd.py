@@ -45,7 +45,7 @@ class Cache(NamedTuple):
     image: Tensor
 
 
-def scores(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000, exact: bool = False) -> Tensor:
+def scores(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1000, exact: bool = False) -> Tensor:
     """Zero-shot D&D: minus the earth mover's distance between an image's crops and a class's descriptions.
 
     Both sets have uniform mass. A class counts with the descriptions it has, however few. Beside its inputs and result
@@ -74,7 +74,7 @@ def scores(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000
     return -torch.cat([(plan * cost).sum((0, 1)) for cost, plan in parts])
 
 
-def plans(views: Views, text: Text, epsilon: float = 0.01, max_iter: int = 1000, exact: bool = False) -> Tensor:
+def plans(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1000, exact: bool = False) -> Tensor:
     """The transport plans T behind `scores`, whose arguments and errors these are.
 
     Returns:
@@ -156,7 +156,7 @@ def local_cache(views: Views, label: Tensor, text: Text) -> Cache:
 
 
 def cache_scores(views: Views, cache: Cache, classes: int, beta: float) -> Tensor:
-    """The votes of the local-aware cache for test images; `zero + alpha * votes` adds them to zero-shot scores.
+    """The votes of the local-aware cache for test images, to be added to zero-shot scores, `zero_shot + alpha * votes`.
 
     How test crops are aggregated: each crop meets the whole cache as Tip-Adapter's image does, and an image's votes are
     the mean of its crops' votes, (1/N) sum_n sum_k exp(-beta (1 - cos(crop_n, key_k))) [label_k = c]. So with one crop
@@ -181,7 +181,9 @@ def cache_scores(views: Views, cache: Cache, classes: int, beta: float) -> Tenso
     n = views.crop.shape[1]
     return torch.cat(
         [
-            tip_adapter.scores(crop.flatten(0, 1), cache.key, cache.label, classes, beta).unflatten(0, (-1, n)).mean(1)
+            tip_adapter.scores(crop.flatten(0, 1), cache.key, cache.label, classes=classes, beta=beta)
+            .unflatten(0, (-1, n))
+            .mean(1)
             for crop in views.crop.split(max(1, CHUNK // (n * classes)))
         ]
     )
@@ -191,17 +193,18 @@ def stream(
     views: Views,
     text: Text,
     capacity: int = 3,
+    *,
     alpha: float = 0.002,
     beta: float = 5.0,
-    zero: Tensor | None = None,
-    scale: float = 100.0,
+    zero_shot: Tensor | None = None,
+    logit_scale: float = 100.0,
     batch_size: int = 64,
 ) -> Tensor:
     """Test-time adaptation: classify a stream of images, remembering the most certain ones of each predicted class.
 
     Image after image: its zero-shot prediction is its pseudo-label; it joins that class's queue while there is room,
     or in the place of the queue's least certain image when its own entropy is lower; then it is scored with the
-    queues as they now stand, `zero + alpha * cache_scores` of a local-aware cache of the queued images. Nothing is
+    queues as they now stand, `zero_shot + alpha * cache_scores` of a local-aware cache of the queued images. Nothing is
     trained and no label is taken. The queues depend on zero-shot scores alone, so who is in at which step is settled
     first, in order, and the votes are batched: the result for an image depends on the order before it and not on
     `batch_size` or on later images. Beside the inputs and `scores` this holds about 8 * batch_size * N * C * capacity
@@ -214,16 +217,16 @@ def stream(
         alpha: weight of the cache against scores in units of cosine. TDA's 2 against 100 cos with one key an image is
             0.02 here, shared between 9 keys an image
         beta: sharpness of the affinity
-        zero: (B, C) zero-shot scores in stream order; None is `scores(views, text)`. Give them to try many orders,
+        zero_shot: (B, C) scores in stream order; None is `scores(views, text)`. Give them to try many orders,
             alphas or betas, or to start from another method
-        scale: multiplies `zero` before the softmax whose entropy is the certainty: CLIP's logit scale
+        logit_scale: multiplies `zero_shot` before the softmax whose entropy is the certainty: CLIP's logit scale
         batch_size: images voted on at once
 
     Returns:
         (B, C) float32 in stream order
 
     Raises:
-        ValueError: capacity < 1, or `zero` of another shape
+        ValueError: capacity < 1, or `zero_shot` of another shape
 
     Source: D&D's test-time setting; Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models"
         (TDA), the positive cache. As in TDA an image joins before it is scored, so its own keys vote too.
@@ -232,14 +235,15 @@ def stream(
     """
     if capacity < 1:
         raise ValueError(f"a queue of {capacity} images remembers nothing: use a capacity of at least 1")
-    if zero is None:
-        zero = scores(views, text)
-    if zero.shape != (len(views.crop), len(text.label)):
-        raise ValueError(f"zero {tuple(zero.shape)}, but there are {len(views.crop)} images, {len(text.label)} classes")
-    log_p = (scale * zero.double()).log_softmax(1)
-    entropy, pseudo = -(log_p.exp() * log_p).sum(1), zero.argmax(1)
-    leave = torch.tensor(tip_adapter.queue(pseudo.tolist(), entropy.tolist(), capacity), device=zero.device)
-    step = torch.arange(len(zero), device=zero.device)
+    if zero_shot is None:
+        zero_shot = scores(views, text)
+    if zero_shot.shape != (len(views.crop), len(text.label)):
+        wanted = f"{len(views.crop)} images, {len(text.label)} classes"
+        raise ValueError(f"zero_shot {tuple(zero_shot.shape)}, but there are {wanted}")
+    log_p = (logit_scale * zero_shot.double()).log_softmax(1)
+    entropy, pseudo = -(log_p.exp() * log_p).sum(1), zero_shot.argmax(1)
+    leave = torch.tensor(tip_adapter.queue(pseudo.tolist(), entropy.tolist(), capacity), device=zero_shot.device)
+    step = torch.arange(len(zero_shot), device=zero_shot.device)
     queued = (leave > step).nonzero().flatten()
     cache = local_cache(views.select(queued), pseudo[queued], text)
     enter, leave = queued[cache.image], leave[queued][cache.image]  # (K,) steps between which a key is in
@@ -249,7 +253,8 @@ def stream(
         seen = (enter <= now[-1]) & (leave > now[0])
         held = (enter[seen, None] <= now) & (now < leave[seen, None])  # (K', b)
         near = tip_adapter.affinity(crop.flatten(0, 1), cache.key[seen], beta).unflatten(1, crop.shape[:2]).mean(2)
-        fused.append(zero[now] + alpha * tip_adapter.votes(near * held, cache.label[seen], zero.shape[1]))
+        said = tip_adapter.cache_logits(near * held, cache.label[seen], len(text.label))
+        fused.append(zero_shot[now] + alpha * said)
     return torch.cat(fused)
 
 

@@ -162,7 +162,7 @@ def scores(views: Views, anchors: Tensor, k: int | None = 4) -> Tensor:
     return _alignment(views, normalize(anchors, dim=-1), k, "cls")
 
 
-def pseudo_label_weights(scores: Tensor, form: Literal["gap", "top", "none"] = "gap") -> Tensor:
+def pseudo_label_weights(scores: Tensor, *, form: Literal["gap", "top", "none"] = "gap") -> Tensor:
     """gamma: how far a pseudo-label is trusted.
 
     Args:
@@ -421,7 +421,7 @@ def adapt(
     anchors = nn.Parameter(normalize(clip.class_means(text), dim=-1).to(device))
     tuned = tune(student.visual, tuning, rank, seed)
     trained = {"anchors": anchors, **{f"visual.{name}": weight for name, weight in tuned.items()}}
-    optimiser = torch.optim.AdamW(trained.values(), learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(trained.values(), learning_rate, weight_decay=weight_decay)
     fixed = None if classifier == "anchors" else FIXED[classifier](text).to(device)
     strong = strong or strong_augmentation(encoder.image_size)
     logit_scale = encoder.logit_scale if logit_scale is None else logit_scale
@@ -429,7 +429,7 @@ def adapt(
     run = _run(encoder, dataset, text, seed, *settings)
     log_average, history = torch.full((classes,), -math.log(classes), device=device), _no_history(len(dataset))
     if state is not None:
-        log_average, history = _resume(state, run, trained, optimiser)
+        log_average, history = _resume(state, run, trained, optimizer)
     steps = math.ceil(len(dataset) / batch_size)
     for epoch in range(len(history.fairness), epochs):
         order = torch.from_numpy(seeds.rng(seed, "order", epoch).permutation(len(dataset)))
@@ -441,7 +441,7 @@ def adapt(
             if pseudo_label is None:
                 target = normalize(anchors.detach(), dim=-1) if fixed is None else fixed
                 psi = _teach(teacher, pictures, keys, target, seeds.derive(seed, "weak", epoch), *view)
-                label, confidence = psi.argmax(-1), pseudo_label_weights(psi, pseudo_weight)
+                label, confidence = psi.argmax(-1), pseudo_label_weights(psi, form=pseudo_weight)
             else:
                 label = _given(pseudo_label, index, classes).to(device)
                 confidence = torch.ones(len(index), device=device)
@@ -453,17 +453,17 @@ def adapt(
             self_training, fairness = self_training_loss(log_p, label, share), fairness_loss(log_average)
 
             done = (epoch * steps + step) / (epochs * steps)
-            optimiser.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * done)) / 2
-            optimiser.zero_grad()
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * done)) / 2
+            optimizer.zero_grad()
             (self_training + fairness).backward()
-            optimiser.step()
+            optimizer.step()
             read.append(index)
             labels.append(label)
             confidences.append(confidence)
             losses.append(torch.stack([self_training, fairness]).detach())
         history = _extend(history, read, labels, confidences, losses)
         if on_epoch is not None:
-            on_epoch(_state(run, trained, optimiser, log_average, history))
+            on_epoch(_state(run, trained, optimizer, log_average, history))
     return Adapted(student, normalize(anchors.detach(), dim=-1), history)
 
 
@@ -616,16 +616,16 @@ def _run(encoder, dataset: Dataset, text: Text, seed: int, *settings: object) ->
     return torch.tensor([seeds.derive(seed, encoder.fingerprint, dataset.fingerprint, sentences, *settings)])
 
 
-def _state(run: Tensor, trained: dict, optimiser, log_average: Tensor, history: History) -> State:
+def _state(run: Tensor, trained: dict, optimizer, log_average: Tensor, history: History) -> State:
     found = {"run": run, "log_average": log_average, **{f"history.{k}": v for k, v in history._asdict().items()}}
     for name, weight in trained.items():
         found[f"weight.{name}"] = weight
-        found |= {f"{fact}.{name}": value for fact, value in optimiser.state[weight].items()}
+        found |= {f"{fact}.{name}": value for fact, value in optimizer.state[weight].items()}
     return {key: value.detach().clone().cpu().contiguous() for key, value in found.items()}
 
 
 @torch.no_grad()
-def _resume(state: State, run: Tensor, trained: dict, optimiser) -> tuple[Tensor, History]:
+def _resume(state: State, run: Tensor, trained: dict, optimizer) -> tuple[Tensor, History]:
     """Put a state back where it was; the logarithm of its moving average and its history."""
     if "run" not in state or not torch.equal(state["run"], run):
         raise ValueError(
@@ -637,7 +637,7 @@ def _resume(state: State, run: Tensor, trained: dict, optimiser) -> tuple[Tensor
         weight.copy_(state[f"weight.{name}"])
         facts = ("step", "exp_avg", "exp_avg_sq")
         moments[i] = {fact: state[f"{fact}.{name}"].clone() for fact in facts if f"{fact}.{name}" in state}
-    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     history = History(*(state[f"history.{field}"] for field in History._fields))
     return state["log_average"].to(trained["anchors"].device), history
 

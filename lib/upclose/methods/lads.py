@@ -33,11 +33,11 @@ def fit(
     *,
     alpha: float = 0.5,
     epochs: int = 100,
-    batch: int = 512,
+    batch_size: int = 512,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.05,
     hidden: int | None = None,
-    scale: float = 100.0,
+    logit_scale: float = 100.0,
 ) -> Network:
     """Train f_aug towards one unseen domain, for all seeds at once.
 
@@ -50,11 +50,11 @@ def fit(
         seeds: S different integers
         alpha: in [0, 1]: 0 only keeps the classes, 1 only moves to the domain
         epochs: passes over the images
-        batch: images a step
+        batch_size: images a step
         learning_rate: of AdamW
         weight_decay: of AdamW
         hidden: units between the layers, None = D / 2
-        scale: multiplies the cosines before the softmax
+        logit_scale: multiplies the cosines before the softmax
 
     Returns:
         f_aug of every seed; `augment` applies it. One network an unseen domain: call again for the next domain.
@@ -69,8 +69,9 @@ def fit(
 
     Deviates:
         The released program (github.com/lisadunlap/LADS) has
-        - no scale in L_CC, whose logits are plain cosines, and weights its classes by how rare they are. Here `scale`
-          is CLIP's 100, since the paper describes L_CC as CLIP's zero-shot classification, and classes weigh alike;
+        - no scale in L_CC, whose logits are plain cosines, and weights its classes by how rare they are. Here
+          `logit_scale` is CLIP's 100, since the paper describes L_CC as CLIP's zero-shot classification, and classes
+          weigh alike;
         - the epoch whose loss on the validation images is smallest; here the last one is kept;
         - 200 epochs and batch 256 for CUB; here 100 and 512 as for LARE's network, so that the two differ in their
           losses only.
@@ -98,10 +99,10 @@ def fit(
     def objective(index: Tensor) -> Tensor:
         rows, classes = probe.take(x, index), y[index]
         moved = network(rows)
-        consistency = probe.cross_entropy(scale * F.normalize(moved, dim=2) @ label.T, classes)
+        consistency = probe.cross_entropy(logit_scale * F.normalize(moved, dim=2) @ label.T, classes)
         return alpha * domain_alignment_loss(rows, moved, probe.take(direction, classes)) + (1 - alpha) * consistency
 
-    for _ in probe.train(network, objective, len(x), seeds, epochs, batch, learning_rate, weight_decay):
+    for _ in probe.train(network, objective, len(x), seeds, epochs, batch_size, learning_rate, weight_decay):
         pass
     return Network(*(part.detach() for part in network))
 

@@ -78,11 +78,11 @@ def fit_boxes(
     seeds: Sequence[int] = probe.SEEDS,
     *,
     epochs: int = 100,
-    batch: int = 512,
+    batch_size: int = 512,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.05,
     hidden: int | None = None,
-    scale: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> Boxes:
     """Stage 1: the boxes of the training images themselves, for all seeds at once.
 
@@ -93,11 +93,11 @@ def fit_boxes(
         alpha: in [0, 1]: 0 only enlarges the boxes, 1 only keeps their classes
         seeds: S different integers
         epochs: passes over the images
-        batch: images a step
+        batch_size: images a step
         learning_rate: of AdamW
         weight_decay: of AdamW
         hidden: units between f_Box's layers, None = D / 2
-        scale: multiplies the cosines before the softmax of eqs. 4-6
+        logit_scale: multiplies the cosines before the softmax of eqs. 4-6
 
     Returns:
         Corners (S, N, D), 8 S N D bytes in float32.
@@ -116,11 +116,11 @@ def fit_boxes(
             alpha,
             seeds,
             epochs=epochs,
-            batch=batch,
+            batch_size=batch_size,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             hidden=hidden,
-            scale=scale,
+            logit_scale=logit_scale,
         ),
         x,
     )
@@ -134,11 +134,11 @@ def fit_network(
     seeds: Sequence[int] = probe.SEEDS,
     *,
     epochs: int = 100,
-    batch: int = 512,
+    batch_size: int = 512,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.05,
     hidden: int | None = None,
-    scale: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> Network:
     """Stage 1: train f_Box, for all seeds at once, on eq. 7.
 
@@ -149,11 +149,11 @@ def fit_network(
         alpha: in [0, 1]: 0 only enlarges the boxes, 1 only keeps their classes
         seeds: S different integers
         epochs: passes over the images
-        batch: images a step
+        batch_size: images a step
         learning_rate: of AdamW
         weight_decay: of AdamW
         hidden: units between f_Box's layers, None = D / 2
-        scale: multiplies the cosines before the softmax of eqs. 4-6
+        logit_scale: multiplies the cosines before the softmax of eqs. 4-6
 
     Returns:
         f_Box of every seed.
@@ -171,7 +171,7 @@ def fit_network(
           embeddings around their labels most corners had left their class at 0.5, and 95 % kept it at 0.9;
         - f_Box: two layers with a ReLU, D / 2 hidden units, as LADS' released augmentation network for D = 768;
         - the learning rate and decay: 1e-3 and 0.05, LADS' released values for CUB;
-        - the logit scale: eqs. 4-6 print none, so `scale` is 1; CLIP's own zero-shot softmax has 100;
+        - the logit scale: eqs. 4-6 print none, so `logit_scale` is 1; CLIP's own zero-shot softmax has 100;
         - the centre: eq. 6 prints the plain mean of the corners, not its direction, so it is not normalised (and a
           centre of norm 0, at alpha 0, is an ordinary value: it scores all classes alike);
         - the corners' order: eq. 2 needs X^- <= X^+ in every dimension, but nothing in eqs. 3-7 asks f_Box for it. The
@@ -186,9 +186,11 @@ def fit_network(
     network = probe.network(seeds, x.shape[1], 2 * x.shape[1], hidden, "lare", like=x)
 
     def loss(index: Tensor) -> Tensor:
-        return objective(corner_losses(_corners(network, probe.take(x, index)), label, y[index], scale), alpha)
+        return objective(
+            corner_losses(_corners(network, probe.take(x, index)), label, y[index], logit_scale=logit_scale), alpha
+        )
 
-    for _ in probe.train(network, loss, len(x), seeds, epochs, batch, learning_rate, weight_decay):
+    for _ in probe.train(network, loss, len(x), seeds, epochs, batch_size, learning_rate, weight_decay):
         pass
     return Network(*(part.detach() for part in network))
 
@@ -198,22 +200,22 @@ def f_box(network: Network, x: Tensor) -> Boxes:
     return Boxes(*(F.normalize(corner, dim=2) for corner in _corners(network, x.to(network.bias_in.dtype)).unbind(2)))
 
 
-def losses(boxes: Boxes, label: Tensor, y: Tensor, scale: float = 1.0) -> Losses:
+def losses(boxes: Boxes, label: Tensor, y: Tensor, *, logit_scale: float = 1.0) -> Losses:
     """Eqs. 3-6, each summed over the images and seeds.
 
     Args:
         boxes: corners (S, B, D) of any norm: their directions count
         label: (C, D) unit norm, without gradients
         y: (S, B) int64
-        scale: multiplies the cosines before the softmax
+        logit_scale: multiplies the cosines before the softmax
     """
-    return corner_losses(torch.stack(boxes, 2), label, y, scale)
+    return corner_losses(torch.stack(boxes, 2), label, y, logit_scale=logit_scale)
 
 
-def corner_losses(corners: Tensor, label: Tensor, y: Tensor, scale: float = 1.0) -> Losses:
+def corner_losses(corners: Tensor, label: Tensor, y: Tensor, *, logit_scale: float = 1.0) -> Losses:
     """`losses` of X^- and X^+ in one tensor (S, B, 2, D), as f_Box gives them."""
     between, with_labels = _Cosines.apply(corners, label)
-    minus, plus = (scale * with_labels).unbind(2)
+    minus, plus = (logit_scale * with_labels).unbind(2)
     return Losses(
         volume=between.sum(),  # eq. 3
         minus=probe.cross_entropy(minus, y),  # eq. 4

@@ -31,6 +31,7 @@ PAIRS = {"cpu": 5 << 19, "device": 1 << 25}
 def scores(
     views: Views,
     text: Text,
+    *,
     theta: float = 0.8,
     epsilon: float = 0.1,
     selection: bool = True,
@@ -80,7 +81,7 @@ def scores(
     columns = transport.Ragged(text.owner, len(text.label))
     description = text.description * (theta / epsilon)
     result = (1 - theta) * views.image @ columns.mean(text.description).T  # (16)
-    for rows, crop, row in _pieces(views, text, crop_mass(views, selection)):
+    for rows, crop, row in _pieces(views, text, crop_mass(views, selection=selection)):
         logit = _logit(description, crop)
         plan, _ = transport.sinkhorn_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
         result[rows] += epsilon * columns.sum((plan * logit).sum(-1)).T  # (15)
@@ -90,6 +91,7 @@ def scores(
 def plans(
     views: Views,
     text: Text,
+    *,
     theta: float = 0.8,
     epsilon: float = 0.1,
     selection: bool = True,
@@ -127,7 +129,7 @@ def plans(
     result = views.crop.new_zeros(images, len(text.label), crops, int(columns.count.max()))
     for rows in torch.arange(images, device=first.device).split(_step(views, text)):
         part = views.select(rows)
-        logit, row = _logit(text.description * (theta / epsilon), part.crop), crop_mass(part, selection)
+        logit, row = _logit(text.description * (theta / epsilon), part.crop), crop_mass(part, selection=selection)
         plan, _ = transport.sinkhorn_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
         result[rows[:, None], text.owner, :, slot] = plan.transpose(0, 1)
     return result
@@ -137,6 +139,7 @@ def own_plans(
     views: Views,
     text: Text,
     label: Tensor,
+    *,
     theta: float = 0.8,
     epsilon: float = 0.1,
     selection: bool = True,
@@ -172,10 +175,12 @@ def own_plans(
     column = mask[label] / mask[label].sum(-1, keepdim=True)
     crop = torch.lerp(views.image[:, None], views.crop, theta)  # (10, 16)
     cost = 1 - crop @ description[label].mT
-    return transport.sinkhorn(cost, crop_mass(views, selection), column, epsilon, max_iter, tolerance, bound=2.0)[0]
+    return transport.sinkhorn(
+        cost, crop_mass(views, selection=selection), column, epsilon, max_iter, tolerance, bound=2.0
+    )[0]
 
 
-def crop_mass(views: Views, selection: bool = True) -> Tensor:
+def crop_mass(views: Views, *, selection: bool = True) -> Tensor:
     """The crops' marginal r*: uniform over the crops at least as like the image as the average crop.
 
     Args:

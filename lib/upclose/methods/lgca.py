@@ -5,7 +5,7 @@
     w_s      (N,)       image weights, eq. 7        v_t     (M,)     text weights, eq. 8
     A        (N, M)     A[s, t] = w_s v_t (c_s . d_t), section 4.2
     Z                   the topK largest entries of A
-    T                   steps; step j = 1..T scores ladder[:, j - 1], the crops expanded j - 1 times
+    T                   steps; step j = 1..T scores ladder.crop[:, j - 1], the crops expanded j - 1 times
     alpha_j  (T,)       Sim(i, l) = sum_j alpha_j score_j, section 4.3
 
 The expanded box of a crop does not depend on the class, so all classes share one ladder of N * T encodings; what a
@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from upclose.features import Text
+from upclose.features import Ladder, Text
 from upclose.methods import wca
 
 ENTRIES = 2**21
@@ -39,9 +39,9 @@ def steps(crops: int) -> int:
 
 
 def scores(
-    ladder: Tensor,
-    image: Tensor,
+    ladder: Ladder,
     text: Text,
+    *,
     alphas: Sequence[float] | Tensor | None = None,
     top_k: TopK = "halving",
     image_scale: float = 1.0,
@@ -50,8 +50,7 @@ def scores(
     """LGCA: Sim = sum_j alpha_j score_j over the T levels of a ladder.
 
     Args:
-        ladder: (B, T, N, D) unit norm, crop n expanded t times; the paper's T is max(1, floor(log2 N))
-        image: (B, D) unit norm, the whole image
+        ladder: image (B, D), crop (B, T, N, D), crop n expanded t times; the paper's T is max(1, floor(log2 N))
         text: C classes and their descriptions
         alphas: (T,) weights of the steps; None is 1/T each
         top_k: "halving" is topK_j = floor(N / 2^j); an int is the same topK at every step; a sequence gives T - 1
@@ -80,19 +79,20 @@ def scores(
           equal random crops would at step 1.
         - Re-weighting is eq. 7 over the crops that remain, at their new size; v_t never changes.
     """
-    levels = ladder.shape[1]
+    levels = ladder.crop.shape[1]
     if alphas is None:
         alphas = [1 / levels] * levels
     if len(alphas) != levels:
         raise ValueError(f"{len(alphas)} alphas for a ladder of {levels} steps: give one a step, or None for 1/T each")
-    alpha = torch.as_tensor(alphas, dtype=torch.float32, device=ladder.device)
-    return torch.einsum("btc,t->bc", step_scores(ladder, image, text, top_k, image_scale, text_scale), alpha)
+    alpha = torch.as_tensor(alphas, dtype=torch.float32, device=ladder.crop.device)
+    each = step_scores(ladder, text, top_k=top_k, image_scale=image_scale, text_scale=text_scale)
+    return torch.einsum("btc,t->bc", each, alpha)
 
 
 def step_scores(
-    ladder: Tensor,
-    image: Tensor,
+    ladder: Ladder,
     text: Text,
+    *,
     top_k: TopK = "halving",
     image_scale: float = 1.0,
     text_scale: float = 1.0,
@@ -102,16 +102,16 @@ def step_scores(
     Returns:
         (B, T, C) float32
     """
-    out = ladder.new_empty(*ladder.shape[:2], len(text.label), dtype=torch.float32)
-    for b, c, t, score, _ in _chunks(ladder, image, text, top_k, image_scale, text_scale):
+    out = ladder.crop.new_empty(*ladder.crop.shape[:2], len(text.label), dtype=torch.float32)
+    for b, c, t, score, _ in _chunks(ladder, text, top_k, image_scale, text_scale):
         out[b, t, c] = score
     return out
 
 
 def survivors(
-    ladder: Tensor,
-    image: Tensor,
+    ladder: Ladder,
     text: Text,
+    *,
     top_k: TopK = "halving",
     image_scale: float = 1.0,
     text_scale: float = 1.0,
@@ -121,9 +121,9 @@ def survivors(
     Returns:
         (B, T, N) bool; step 0 is all True. Arguments as in `scores`
     """
-    out = ladder.new_zeros(ladder.shape[:3], dtype=torch.bool)
-    for b, _, t, _, member in _chunks(ladder, image, text, top_k, image_scale, text_scale):
-        out[b, t] |= _mask(member, ladder.shape[2]).any(1)
+    out = ladder.crop.new_zeros(ladder.crop.shape[:3], dtype=torch.bool)
+    for b, _, t, _, member in _chunks(ladder, text, top_k, image_scale, text_scale):
+        out[b, t] |= _mask(member, ladder.crop.shape[2]).any(1)
     return out
 
 
@@ -133,10 +133,11 @@ def lazy_ladder(
     text: Text,
     crops: int,
     levels: int,
+    *,
     top_k: TopK = "halving",
     image_scale: float = 1.0,
     text_scale: float = 1.0,
-) -> Tensor:
+) -> Ladder:
     """One image's ladder with the crops alone that some class selects: its `scores` are those of the whole ladder.
 
     It saves encodings for these classes and this setting (a third, with 37 classes and 100 crops that grow by 1.1); a
@@ -153,23 +154,24 @@ def lazy_ladder(
         text_scale: of eq. 8
 
     Returns:
-        (1, T, N, D), zeros where no class looks
+        crop (1, T, N, D), zeros where no class looks, and the image; no boxes
     """
-    ladder = image.new_zeros(1, levels, crops, len(image))
+    ladder = Ladder(image[None], image.new_zeros(1, levels, crops, len(image)))
     wanted = torch.arange(crops, device=image.device)
     for t in range(levels):
-        ladder[0, t, wanted] = encode(t, wanted).to(ladder.dtype)
+        ladder.crop[0, t, wanted] = encode(t, wanted).to(image.dtype)
         if t + 1 < levels:
             known = top_k if isinstance(top_k, (str, int)) else top_k[: t + 1]
-            chosen = survivors(ladder[:, : t + 2], image[None], text, known, image_scale, text_scale)
+            so_far = ladder._replace(crop=ladder.crop[:, : t + 2])
+            chosen = survivors(so_far, text, top_k=known, image_scale=image_scale, text_scale=text_scale)
             wanted = chosen[0, t + 1].nonzero()[:, 0]
     return ladder
 
 
 def trace(
-    ladder: Tensor,
-    image: Tensor,
+    ladder: Ladder,
     text: Text,
+    *,
     classes: Tensor | Sequence[int] | None = None,
     top_k: TopK = "halving",
     image_scale: float = 1.0,
@@ -178,8 +180,7 @@ def trace(
     """The crops that each class selects, for drawing and for counting.
 
     Args:
-        ladder: (B, T, N, D) unit norm
-        image: (B, D) unit norm
+        ladder: image (B, D), crop (B, T, N, D), unit norm
         text: C classes and their descriptions
         classes: (K,) class numbers; None is all. Other classes do not matter to what a class selects
         top_k: as in `scores`
@@ -192,30 +193,31 @@ def trace(
     if classes is not None:
         classes = torch.as_tensor(classes, device=text.owner.device)
         text = Text.from_lists(text.label[classes], [text.description[text.owner == c] for c in classes])
-    batch, levels, crops, _ = ladder.shape
-    out = ladder.new_zeros(batch, len(text.label), levels, crops, dtype=torch.bool)
-    for b, c, t, _, member in _chunks(ladder, image, text, top_k, image_scale, text_scale):
+    batch, levels, crops, _ = ladder.crop.shape
+    out = ladder.crop.new_zeros(batch, len(text.label), levels, crops, dtype=torch.bool)
+    for b, c, t, _, member in _chunks(ladder, text, top_k, image_scale, text_scale):
         out[b, c, t] = _mask(member, crops)
     return out
 
 
 def _chunks(
-    ladder: Tensor, image: Tensor, text: Text, top_k: TopK, image_scale: float, text_scale: float
+    ladder: Ladder, text: Text, top_k: TopK, image_scale: float, text_scale: float
 ) -> Iterator[tuple[slice, slice, int, Tensor, Tensor]]:
     """Walk chunks of images and classes; yields (images, classes, step, score (b, c), member (b, c, S))."""
-    if ladder.ndim != 4 or image.shape != (ladder.shape[0], ladder.shape[3]) or 0 in ladder.shape[1:3]:
-        shapes = f"ladder {tuple(ladder.shape)}, image {tuple(image.shape)}"
+    image, crop, _ = ladder
+    if crop.ndim != 4 or image.shape != (crop.shape[0], crop.shape[3]) or 0 in crop.shape[1:3]:
+        shapes = f"ladder.crop {tuple(crop.shape)}, ladder.image {tuple(image.shape)}"
         raise ValueError(f"{shapes}: expected (B, T, N, D) with T, N >= 1, and (B, D)")
-    batch, levels, crops, _ = ladder.shape
+    batch, levels, crops, _ = crop.shape
     sizes = _sizes(top_k, crops, levels)
-    weighted = wca.text_weights(text, text_scale)[:, None] * text.description
+    weighted = wca.text_weights(text, scale=text_scale)[:, None] * text.description
     row, real = text._replace(description=weighted).padded()
     entries = crops * row.shape[1]
     c_size = min(len(row), max(1, ENTRIES // entries))
     b_size = max(1, ENTRIES // (entries * c_size))
     for c in (slice(i, i + c_size) for i in range(0, len(row), c_size)):
         for b in (slice(i, i + b_size) for i in range(0, batch, b_size)):
-            for t, (score, member) in enumerate(_walk(ladder[b], image[b], row[c], real[c], sizes, image_scale)):
+            for t, (score, member) in enumerate(_walk(crop[b], image[b], row[c], real[c], sizes, image_scale)):
                 yield b, c, t, score, member
 
 

@@ -88,7 +88,7 @@ def fit(
     target: Tensor | None = None,
     classes: int | None = None,
     epochs: int = 100,
-    batch: int = 512,
+    batch_size: int = 512,
     learning_rate: float = 1e-2,
     weight_decay: float = 0.05,
 ) -> Probe:
@@ -105,7 +105,7 @@ def fit(
         target: (S, N, n, C) or (N, n, C), class probabilities of `sample`; without them, the class of its image
         classes: C; without it, the largest class of `y` and `y_val`, plus 1. A class may have no image
         epochs: passes over originals and samples
-        batch: minibatch size, counted in originals and samples; few rows make few steps an epoch
+        batch_size: of a minibatch, counted in originals and samples; few rows make few steps an epoch
         learning_rate: of AdamW
         weight_decay: of AdamW
 
@@ -141,7 +141,7 @@ def fit(
         torch.zeros(len(seeds), dtype=torch.int64, device=x.device),
         torch.full((len(seeds),), -1.0, device=x.device),
     )
-    steps = train([weight, bias], loss, rows.shape[-2], seeds, epochs, batch, learning_rate, weight_decay)
+    steps = train([weight, bias], loss, rows.shape[-2], seeds, epochs, batch_size, learning_rate, weight_decay)
     for epoch in steps:
         now = Probe(weight.detach(), bias.detach(), torch.full_like(best.epoch, epoch), best.accuracy)
         now = now._replace(accuracy=(predict(now, x_val) == y_val).float().mean(1))
@@ -185,7 +185,7 @@ def train(
     n: int,
     seeds: Sequence[int],
     epochs: int,
-    batch: int,
+    batch_size: int,
     learning_rate: float,
     weight_decay: float,
 ) -> Iterator[int]:
@@ -197,25 +197,25 @@ def train(
         n: rows that there are
         seeds: S integers; seed s orders its minibatches by its own generator, alone or among others
         epochs: passes over the rows
-        batch: rows a step; the last step of an epoch has what remains
+        batch_size: rows a step; the last step of an epoch has what remains
         learning_rate: of AdamW
         weight_decay: of AdamW
 
     Raises:
         ValueError: there are no epochs, or no rows in a minibatch
     """
-    if min(epochs, batch) < 1:
-        raise ValueError(f"epochs is {epochs}, batch is {batch}: give one or more of each")
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    if min(epochs, batch_size) < 1:
+        raise ValueError(f"epochs is {epochs}, batch_size is {batch_size}: give one or more of each")
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     streams = [generator(seed, "order") for seed in seeds]
     device = parameters[0].device
     for epoch in range(epochs):
         order = torch.stack([torch.randperm(n, generator=stream) for stream in streams]).to(device, non_blocking=True)
-        for index in order.split(batch, 1):
-            optimiser.zero_grad()
+        for index in order.split(batch_size, 1):
+            optimizer.zero_grad()
             with torch.enable_grad():
                 loss(index).backward()
-            optimiser.step()
+            optimizer.step()
         yield epoch
 
 

@@ -76,17 +76,17 @@ def stream(
     entropy, answer = -(p * log_p).sum(1), logits.argmax(1)
     certain = torch.ones_like(answer, dtype=torch.bool)
     ballot = torch.nn.functional.one_hot(answer, len(label)).to(p)
-    out = logits + alpha * _votes(image, answer, entropy, certain, ballot, beta, capacity)
+    out = logits + alpha * _cache_logits(image, answer, entropy, certain, ballot, beta, capacity)
     if negative and len(label) > 1:
         share = entropy / log2(len(label))
         doubtful = (DOUBT[0] < share) & (share < DOUBT[1])
         ballot = ((p > UNLIKELY) & (p < 1)).to(p)
         room = min(NEGATIVE_CAPACITY, capacity)
-        out -= NEGATIVE_WEIGHT * _votes(image, answer, entropy, doubtful, ballot, NEGATIVE_BETA, room)
+        out -= NEGATIVE_WEIGHT * _cache_logits(image, answer, entropy, doubtful, ballot, NEGATIVE_BETA, room)
     return out.float()
 
 
-def _votes(
+def _cache_logits(
     image: Tensor, answer: Tensor, entropy: Tensor, admitted: Tensor, ballot: Tensor, beta: float, capacity: int
 ) -> Tensor:
     """(B, C): for every image the ballots (B, C) of those in the cache when it is answered, by likeness."""

@@ -8,7 +8,7 @@ W_c (C, D) the class prompts, A the affinities, alpha the weight of the cache, b
     A      = exp(-beta (1 - f F_train^T))
     logits = alpha A L_train + f W_c^T
 
-The second line's fusion is a plain sum, `zero + alpha * scores(...)`, with the zero-shot scores in units of cosine. The
+The second line is a plain sum, `zero_shot + alpha * scores(...)`, with zero-shot scores in units of cosine. The
 paper writes 100 f W_c^T, so its alpha is 100 times ours.
 """
 
@@ -86,13 +86,13 @@ def affinity(image: Tensor, key: Tensor, beta: float) -> Tensor:
     return (key @ image.T).sub_(1).mul_(beta).exp_()
 
 
-def votes(affinity: Tensor, label: Tensor, classes: int) -> Tensor:
+def cache_logits(affinity: Tensor, label: Tensor, classes: int) -> Tensor:
     """A L_train: affinities (K, B) summed over the keys of each class, label (K,) -> (B, C)."""
     return affinity.new_zeros(classes, affinity.shape[1]).index_add_(0, label, affinity).T
 
 
-def scores(image: Tensor, key: Tensor, label: Tensor, classes: int, beta: float) -> Tensor:
-    """The cache's votes A L_train, to be added to zero-shot scores as `zero + alpha * scores`.
+def scores(image: Tensor, key: Tensor, label: Tensor, *, classes: int, beta: float) -> Tensor:
+    """The cache's votes A L_train, to be added to zero-shot scores as `zero_shot + alpha * scores`.
 
     A class without a key gets 0, the least that a cache can say; a class with fewer keys than others gets fewer
     votes, as the sum over one-hot values has it. Beside its inputs and result this holds 64 MiB.
@@ -122,42 +122,43 @@ def scores(image: Tensor, key: Tensor, label: Tensor, classes: int, beta: float)
     if beta < 0:
         raise ValueError(f"beta {beta}: a negative one prefers the least similar key; use 0 or more")
     size = max(1, CHUNK // max(1, len(key)))
-    return torch.cat([votes(affinity(part, key, beta), label, classes) for part in image.split(size)])
+    return torch.cat([cache_logits(affinity(part, key, beta), label, classes) for part in image.split(size)])
 
 
 @torch.enable_grad()
 def finetune(
     image: Tensor,
     target: Tensor,
-    zero: Tensor,
+    zero_shot: Tensor,
     key: Tensor,
     label: Tensor,
+    *,
     alpha: float,
     beta: float,
     epochs: int = 20,
     learning_rate: float = 1e-3,
     batch_size: int = 256,
     seed: int = 0,
-    scale: float = 100.0,
+    logit_scale: float = 100.0,
 ) -> Tensor:
     """Tip-Adapter-F: train the keys by cross-entropy on the shots; their labels and both encoders stay frozen.
 
     Everything here belongs to the training shots. `image` may hold several augmented views of a shot as rows of their
-    own (its crops, say), with `target` and `zero` repeated.
+    own (its crops, say), with `target` and `zero_shot` repeated.
 
     Args:
         image: (B, D) unit norm, training images
         target: (B,) int64, their classes
-        zero: (B, C) their zero-shot scores in units of cosine
+        zero_shot: (B, C) their scores in units of cosine
         key: (K, D) keys to start from, left unchanged
         label: (K,) int64, the classes of the keys
-        alpha: weight of the cache, as in `zero + alpha * cache`
+        alpha: weight of the cache, as in `zero_shot + alpha * cache`
         beta: sharpness of the affinity
         epochs: passes over `image`, >= 1
         learning_rate: of AdamW at the start, cosine to 0 over all steps
         batch_size: images a step
         seed: of the order of the images; drawn on the CPU, so the same on every device
-        scale: CLIP's logit scale, which turns cosines into logits for the loss
+        logit_scale: CLIP's, which turns cosines into logits for the loss
 
     Returns:
         (K, D) trained keys, for `scores` in the place of `key`; no longer of unit norm
@@ -169,9 +170,9 @@ def finetune(
     Deviates: the released program draws a new random crop of each shot every epoch; here the embeddings are given, so
         that a run needs no encoder. AdamW's eps 1e-4 and its weight decay 0.01 are the released program's.
     """
-    if not len(image) == len(target) == len(zero) or len(image) == 0:
+    if not len(image) == len(target) == len(zero_shot) or len(image) == 0:
         raise ValueError(
-            f"{len(image)} images, {len(target)} targets, {len(zero)} zero-shot rows: give as many of each"
+            f"{len(image)} images, {len(target)} targets, {len(zero_shot)} zero-shot rows: give as many of each"
         )
     if len(key) != len(label):
         raise ValueError(f"{len(key)} keys but {len(label)} labels: give one label a key")
@@ -181,8 +182,8 @@ def finetune(
     generator = seeds.generator(seed, "tip_adapter.finetune")
     for _ in range(epochs):
         for rows in torch.randperm(len(image), generator=generator).to(image.device).split(batch_size):
-            cache = votes(affinity(image[rows], key, beta), label, zero.shape[1])
-            loss = cross_entropy(scale * (zero[rows] + alpha * cache), target[rows])
+            cache = cache_logits(affinity(image[rows], key, beta), label, zero_shot.shape[1])
+            loss = cross_entropy(logit_scale * (zero_shot[rows] + alpha * cache), target[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -199,12 +200,17 @@ class Choice(NamedTuple):
 
 
 def search(
-    zero: Tensor, cache: Callable[[float], Tensor], label: Tensor, alphas: Sequence[float], betas: Sequence[float]
+    zero_shot: Tensor,
+    cache: Callable[[float], Tensor],
+    label: Tensor,
+    *,
+    alphas: Sequence[float],
+    betas: Sequence[float],
 ) -> Choice:
-    """Choose alpha and beta on validation images: the pair with the best accuracy of `zero + alpha * cache(beta)`.
+    """Choose alpha and beta on validation images: the pair with the best accuracy of `zero_shot + alpha * cache(beta)`.
 
     Args:
-        zero: (B, C) zero-shot scores of the validation images
+        zero_shot: (B, C) scores of the validation images
         cache: beta -> (B, C) cache scores of the same images; called once a beta
         label: (B,) their classes
         alphas: weights to try; 0 is the zero-shot method
@@ -222,7 +228,7 @@ def search(
         )
     accuracy = torch.tensor(
         [
-            [float(((zero + alpha * cached).argmax(1) == label).float().mean()) for alpha in alphas]
+            [float(((zero_shot + alpha * cached).argmax(1) == label).float().mean()) for alpha in alphas]
             for cached in map(cache, betas)
         ]
     )  # (betas, alphas)

@@ -23,7 +23,7 @@ RELEASED = dict(image_scale=e**4, text_scale=e**2, normalise=True)
 """The hyperparameters of the authors' released program, for `scores(views, text, **RELEASED)`."""
 
 
-def image_weights(views: Views, scale: float = 1.0) -> Tensor:
+def image_weights(views: Views, *, scale: float = 1.0) -> Tensor:
     """w_i: softmax over an image's crops of scale * cos(f, f_i).
 
     Returns:
@@ -35,7 +35,7 @@ def image_weights(views: Views, scale: float = 1.0) -> Tensor:
     return (scale * torch.einsum("bd,bnd->bn", views.image, views.crop)).softmax(-1)
 
 
-def text_weights(text: Text, scale: float = 1.0) -> Tensor:
+def text_weights(text: Text, *, scale: float = 1.0) -> Tensor:
     """v_j: softmax over a class's descriptions of scale * cos(y, t_j).
 
     Returns:
@@ -54,14 +54,14 @@ def text_weights(text: Text, scale: float = 1.0) -> Tensor:
     return part / torch.zeros_like(top).index_add(0, text.owner, part)[text.owner]
 
 
-def class_means(text: Text, scale: float = 1.0) -> Tensor:
+def class_means(text: Text, *, scale: float = 1.0) -> Tensor:
     """sum_j v_j t_j of each class, (C, D), not normalised."""
-    weighted = text_weights(text, scale)[:, None] * text.description
+    weighted = text_weights(text, scale=scale)[:, None] * text.description
     return torch.zeros_like(text.label).index_add(0, text.owner, weighted)
 
 
 def scores(
-    views: Views, text: Text, image_scale: float = 1.0, text_scale: float = 1.0, normalise: bool = False
+    views: Views, text: Text, *, image_scale: float = 1.0, text_scale: float = 1.0, normalise: bool = False
 ) -> Tensor:
     """WCA: sum_ij w_i v_j Theta_ij.
 
@@ -84,8 +84,8 @@ def scores(
         the equations, `RELEASED` the program. Normalising the image side cannot change a ranking within an image;
         normalising the text side can.
     """
-    image = torch.einsum("bn,bnd->bd", image_weights(views, image_scale), views.crop)
-    label = class_means(text, text_scale)
+    image = torch.einsum("bn,bnd->bd", image_weights(views, scale=image_scale), views.crop)
+    label = class_means(text, scale=text_scale)
     if normalise:
         image, label = normalize(image, dim=-1), normalize(label, dim=-1)
     return (image @ label.mT).float()
