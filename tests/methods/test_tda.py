@@ -52,7 +52,24 @@ def naive(images, t, alpha=2.0, beta=5.0, capacity=3, negative=True, scale=100.0
 def test_the_stream_equals_a_loop_with_two_lists(setting):
     f, t = world()
     expected = naive(f, t, **{"scale" if k == "logit_scale" else k: v for k, v in setting.items()})
-    assert torch.allclose(tda.stream(f, t, **setting).double(), expected, atol=1e-4)
+    assert torch.allclose(tda.stream(f, t, **setting), expected, atol=1e-9)
+    assert torch.allclose(tda.stream(f.float(), t.float(), **setting).double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_few_images_and_copies_that_tie_equal_the_loop(n):
+    f, t = world(n)
+    f = f.repeat(4, 1)
+    assert torch.allclose(tda.stream(f, t), naive(f, t), atol=1e-9)
+
+
+def test_a_class_that_nobody_is_given_gets_no_vote_for_it():
+    f, t = world()
+    far = -normalize(f.mean(0, keepdim=True), dim=-1)
+    f, t = f[(f @ far.T).squeeze() < 0], torch.cat([t, far])
+    gain = tda.stream(f, t) - 100 * f @ t.T
+    assert (100 * f @ t.T).argmax(1).max() < len(t) - 1
+    assert gain[:, -1].abs().max() < 1e-9
 
 
 def test_both_caches_are_at_work_in_this_test():
@@ -64,7 +81,7 @@ def test_both_caches_are_at_work_in_this_test():
 
 def test_no_capacity_is_clip():
     f, t = world()
-    assert torch.equal(tda.stream(f, t, capacity=0), (100 * f @ t.T).float())
+    assert torch.equal(tda.stream(f, t, capacity=0), 100 * f @ t.T)
 
 
 def test_later_images_and_blocks_change_nothing(monkeypatch):
@@ -86,7 +103,7 @@ def test_copies_of_one_image_fill_a_cache_once():
     f, t = world(1)
     many = tda.stream(f.expand(10, -1), t, negative=False)
     assert torch.allclose(many[2:], many[2:3].expand(8, -1))
-    assert torch.allclose(many.max(1).values[:3].diff(), torch.full((2,), 2.0), atol=1e-4)
+    assert torch.allclose(many.max(1).values[:3].diff(), torch.full((2,), 2.0, dtype=f.dtype), atol=1e-4)
 
 
 def test_one_class_and_no_image():

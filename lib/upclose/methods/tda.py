@@ -54,7 +54,7 @@ def stream(
         logit_scale: multiplies the cosines
 
     Returns:
-        (B, C) float32 logits in stream order
+        (B, C) logits in stream order
 
     Raises:
         ValueError: an embedding that is not finite or not of unit norm (on the CPU), or a negative capacity
@@ -83,7 +83,7 @@ def stream(
         ballot = ((p > UNLIKELY) & (p < 1)).to(p)
         room = min(NEGATIVE_CAPACITY, capacity)
         out -= NEGATIVE_WEIGHT * _cache_logits(image, answer, entropy, doubtful, ballot, NEGATIVE_BETA, room)
-    return out.float()
+    return out
 
 
 def _cache_logits(

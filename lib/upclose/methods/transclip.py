@@ -55,11 +55,25 @@ def affinity(image: Tensor, neighbours: int = 3) -> Tensor:
     return torch.sparse_coo_tensor(both, value.repeat(2), (count, count), check_invariants=False).coalesce()
 
 
-def variances(image: Tensor, centre: Tensor, z: Tensor) -> Tensor:
-    """Sigma (D,): the mean squared distance to the centres, each counted with its share of the assignment.
+def distances(image: Tensor, centre: Tensor, sigma: Tensor) -> Tensor:
+    """(B, C): sum_d (f_d - mu_cd)^2 / sigma_d.
 
-    The square is multiplied out, in double precision, so that no (B, C, D) differences are made.
+    Here and in `variances` the square is multiplied out, so that no (B, C, D) differences are made, and in double
+    precision, so that it is exact for small ones.
     """
+    centre, sigma = centre.double(), sigma.double()
+    weighted = centre / sigma
+    own = (weighted * centre).sum(1)
+    rows = max(1, BLOCK_BYTES // (8 * (image.shape[1] + 2 * len(centre))))
+    parts = (
+        ((f**2 / sigma).sum(1, keepdim=True) + own).addmm_(f, weighted.T, alpha=-2).to(image.dtype)
+        for f in map(Tensor.double, image.split(rows))
+    )
+    return torch.cat(list(parts))
+
+
+def variances(image: Tensor, centre: Tensor, z: Tensor) -> Tensor:
+    """Sigma (D,): the mean squared distance to the centres, each counted with its share of the assignment."""
     total = image.new_zeros(image.shape[1], dtype=torch.float64)
     centre = centre.double()
     rows = max(1, BLOCK_BYTES // (8 * (image.shape[1] + len(centre))))
@@ -81,48 +95,55 @@ def scores(
 ) -> Tensor:
     """The soft assignment z of all images at once, without labels.
 
-    Beside the inputs this holds a handful of (B, C) tensors and `BLOCK_BYTES`.
+    Beside the inputs this holds a handful of (B, C) tensors and `BLOCK_BYTES`: under 4 GiB for 50,000 images, 1,000
+    classes and D = 512.
 
     Args:
-        image: (B, D) unit norm: whole images, or one embedding an image made of its crops, such as their mean
+        image: (B, D) unit norm: whole images, or one embedding an image made of its crops, such as
+            `normalize(wca.image_means(views))`, their weighted mean, or with `scale=0` their plain one
         label: (C, D) unit norm
-        logit_scale: multiplies the cosines before the softmax that is y
+        logit_scale: multiplies the scores before the softmax that is y
         neighbours: of each image
         iterations: updates of mu and sigma; 0 still has one round of z, around the first centres
-        start: (B, C) probabilities to use for y in place of CLIP's, such as the softmax of another method's scores
+        start: (B, C) scores of any method, in units of cosine, whose softmax is y; None is CLIP's, image @ label.T
 
     Returns:
         (B, C), rows sum to one
 
     Raises:
-        ValueError: an embedding that is not finite or not of unit norm (on the CPU), neighbours < 1, iterations < 0, or
-            a start of another shape
+        ValueError: an embedding or a start that is not finite, an embedding that is not of unit norm (on the CPU),
+            neighbours < 1, iterations < 0, or a start of another shape
 
     Source:
         Section 3 of the paper; the number of rounds, lambda and the first centres are the released program's.
 
     Deviates:
-        The program multiplies (2500, C, D) differences out in memory; here the square is expanded. A variance is at
-        least 1e-12, and fewer than `neighbours` + 1 images have fewer neighbours: one image alone has CLIP's answer.
+        The program makes (2500, C, D) differences in memory; here the square is multiplied out. A variance is at least
+        1e-12, and a class that is given less than 1e-12 of an image has its centre near 0, far from all. Fewer than
+        `neighbours` + 1 images have fewer neighbours: one image alone has CLIP's answer.
     """
     check_unit(image, "image")
     check_unit(label, "label")
     if neighbours < 1 or iterations < 0:
         raise ValueError(f"neighbours is {neighbours} and iterations {iterations}: at least 1 and 0 are needed")
-    if start is not None and start.shape != (len(image), len(label)):
+    if start is None:
+        start = image @ label.T
+    if start.shape != (len(image), len(label)):
         raise ValueError(f"start {tuple(start.shape)}, but there are {len(image)} images and {len(label)} classes")
-    y = (logit_scale * image @ label.T).softmax(1) if start is None else start.to(image)
-    near = affinity(image, neighbours)
-    z = y
-    best = y.topk(min(CONFIDENT, len(image)), dim=0)
+    if start.device.type == "cpu" and not start.isfinite().all():
+        raise ValueError(f"{int((~start.isfinite()).sum())} of the start's scores are not finite")
+    log_y = (logit_scale * start.to(image)).log_softmax(1)
+    if not len(image):
+        return log_y
+    near = affinity(image, neighbours) / (2 * neighbours)
+    z = log_y.exp()
+    best = z.topk(min(CONFIDENT, len(image)), dim=0)
     centre = normalize(torch.einsum("kc,kcd->cd", best.values, image[best.indices]), dim=-1)
     sigma = image.new_full((image.shape[1],), 1 / image.shape[1])
     for step in range(iterations + 1):
-        pull = (image / sigma) @ centre.T - (centre**2 / sigma).sum(1) / 2  # the row's share of f^2 leaves z as it is
+        still = distances(image, centre, sigma).mul_(-0.5 / WEIGHT).add_(log_y)
         for _ in range(INNER):
-            a = pull / WEIGHT + torch.sparse.mm(near, z) / (2 * neighbours)
-            z = y * (a - a.amax(1, keepdim=True)).exp_()
-            z = z / z.sum(1, keepdim=True)
+            z = torch.sparse.mm(near, z).add_(still).softmax(1)
         if step < iterations:
             centre = normalize(z.T @ image, dim=-1)
             sigma = variances(image, centre, z)

@@ -35,6 +35,11 @@ def image_weights(views: Views, *, scale: float = 1.0) -> Tensor:
     return (scale * torch.einsum("bd,bnd->bn", views.image, views.crop)).softmax(-1)
 
 
+def image_means(views: Views, *, scale: float = 1.0) -> Tensor:
+    """sum_i w_i f_i of each image, (B, D), not normalised; the mean of its crops at scale 0."""
+    return torch.einsum("bn,bnd->bd", image_weights(views, scale=scale), views.crop)
+
+
 def text_weights(text: Text, *, scale: float = 1.0) -> Tensor:
     """v_j: softmax over a class's descriptions of scale * cos(y, t_j).
 
@@ -84,8 +89,7 @@ def scores(
         the equations, `RELEASED` the program. Normalising the image side cannot change a ranking within an image;
         normalising the text side can.
     """
-    image = torch.einsum("bn,bnd->bd", image_weights(views, scale=image_scale), views.crop)
-    label = class_means(text, scale=text_scale)
+    image, label = image_means(views, scale=image_scale), class_means(text, scale=text_scale)
     if normalise:
         image, label = normalize(image, dim=-1), normalize(label, dim=-1)
     return (image @ label.mT).float()
