@@ -11,11 +11,14 @@ Roth et al. 2023 (WaffleCLIP). LGCA (arXiv 2511.00419) eq. 1 and FAIR (arXiv 250
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from upclose.features import Text, Views, check_described
+from upclose.methods.entry import Method, whole
 
 
 def scores(views: Views, text: Text) -> Tensor:
@@ -83,3 +86,14 @@ def multi_crop_scores(views: Views, text: Text) -> Tensor:
         embeddings, so the (N, L) matrix is never made.
     """
     return (views.crop.mean(1) @ class_means(text).mT).float()
+
+
+METHODS = (
+    Method("CLIP", scores, (), "#949494", whole, rows=("zero-shot",)),
+    Method("CLIP-E", scores, (), "#b3b3b3", whole, source="clip-e"),
+    Method("CLIP-D", description_scores, ("descriptions",), "#56b4e9", whole, source="clip-d"),
+    Method("CLIP-D, shuffled", description_scores, ("descriptions",), "#1f6f99", whole, source="clip-d-shuffled"),
+    Method("WaffleCLIP", description_scores, ("descriptions",), "#ca9161", whole, source="waffle"),
+    Method("CuPL", partial(description_scores, normalise=True), ("descriptions",), "#ece133", whole, source="cupl"),
+    Method("multi-crop", multi_crop_scores, ("crops", "descriptions"), "#0173b2"),
+)

@@ -24,6 +24,7 @@ from torch import Tensor
 from upclose import transport
 from upclose.features import Text, Views, check_described
 from upclose.methods import tip_adapter
+from upclose.methods.entry import Method
 
 CHUNK = 2**19  # entries of one cost tensor: 2 MiB, so that the rounds of Sinkhorn stay in cache
 TOLERANCE = 1e-5  # L1 error of a plan's marginals at which Sinkhorn stops; the score is then right to about 1e-6
@@ -325,3 +326,23 @@ def _sinkhorn(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_ite
             break
         plan[slow], _ = transport.sinkhorn(cost[slow], row, column[slow], epsilon, rounds, TOLERANCE)
     return plan
+
+
+METHODS = (
+    Method(
+        "D&D",
+        scores,
+        ("crops", "descriptions"),
+        "#d55e00",
+        rows=("CLIP+D", "CLIP+R (descriptions alone)", "CLIP+D+R (averaging)", "D&D (descriptions alone)"),
+    ),
+    Method("best-crop", max_scores, ("crops", "descriptions"), "#7fb6d9"),
+    Method(
+        "Tip+D&D",
+        cache_scores,
+        ("crops", "descriptions", "shots"),
+        "#7a3600",
+        rows=("whole-image keys", "D&D + Tip-Adapter"),
+    ),
+    Method("D&D (stream)", stream, ("crops", "descriptions", "stream"), "#ff9d5c", rows=("whole images",)),
+)

@@ -38,6 +38,7 @@ from torchvision.transforms import v2
 from upclose import crops, seeds
 from upclose.features import Dataset, Text, Views
 from upclose.methods import clip, wca
+from upclose.methods.entry import Method
 
 Tuning = Literal["layernorm", "lora", "k-adaptation"]
 State = dict[str, Tensor]
@@ -665,3 +666,15 @@ def _check_problem(encoder, dataset, text, n, k, momentum, epochs, batch_size) -
         raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be at least 1")
     if encoder.precision == "fp16":
         raise ValueError("gradients of order gamma = 1e-3 vanish in fp16: load the encoder in bf16 or fp32")
+
+
+METHODS = (
+    Method(
+        "FAIR",
+        adapt,
+        ("crops", "descriptions", "cls", "encoder"),
+        "#fbafe4",
+        lambda crops: crops + 1 + 3,  # the strong view's forward and backward pass are three more
+        rows=tuple(ROWS),
+    ),
+)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upclose.methods import probe
+from upclose.methods.entry import Method, whole
 from upclose.methods.probe import Network
 
 
@@ -115,3 +116,6 @@ def augment(network: Network, x: Tensor) -> Tensor:
 def domain_alignment_loss(x: Tensor, moved: Tensor, direction: Tensor) -> Tensor:
     """L_DA: the sum over images of 1 - cos(f(x) - x, t_unseen - t_train), all (..., D); f(x) is not normalised."""
     return (1 - F.cosine_similarity(moved - x, direction, dim=-1)).sum()
+
+
+METHODS = (Method("LADS", fit, ("shots",), "#9f8cc9", whole),)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from upclose.methods import probe
+from upclose.methods.entry import Method, whole
 from upclose.methods.probe import Network
 
 TINY = 1e-12
@@ -361,3 +362,6 @@ def _draw(
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} seeds: give one a seed, or a single one for all")
     return torch.stack([_draw(draw, shape[1:], one, like) for one in generator])
+
+
+METHODS = (Method("LARE", fit_boxes, ("shots",), "#44307a", whole, rows=("repeated", "Gaussian noise", "mixup")),)

@@ -22,6 +22,7 @@ from torch.nn.functional import embedding
 
 from upclose import features, transport
 from upclose.features import Text, Views
+from upclose.methods.entry import Method
 
 INFINITE = 1e18  # an epsilon at which kernels are flat, and by which logits can still be multiplied
 # Crop-attribute pairs solved at once, about 20 bytes each.
@@ -239,3 +240,15 @@ def _weights(theta: float, hybrid: bool, epsilon: float) -> tuple[float, float]:
     if not epsilon > 0:
         raise ValueError(f"epsilon is {epsilon}: give a positive number")
     return theta if hybrid else 1.0, min(epsilon, INFINITE)
+
+
+METHODS = (
+    Method(
+        "LaZSL",
+        scores,
+        ("crops", "descriptions"),
+        "#cc78bc",
+        source="lazsl",
+        rows=("Baseline", "Baseline+OT", "Baseline+OT+VS", "Baseline+OT+Hybrid"),
+    ),
+)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from upclose.features import Ladder, Text
 from upclose.methods import wca
+from upclose.methods.entry import Method
 
 ENTRIES = 2**21
 """Entries of A in a chunk of images and classes, 8 MB; about six numbers an entry are held at the peak."""
@@ -287,3 +288,14 @@ def _mask(member: Tensor, crops: int) -> Tensor:
     """Crop numbers (..., S), `crops` where empty, as a mask (..., N)."""
     mask = torch.zeros(*member.shape[:-1], crops + 1, dtype=torch.bool, device=member.device)
     return mask.scatter(-1, member, True)[..., :crops]
+
+
+METHODS = (
+    Method(
+        "LGCA",
+        scores,
+        ("ladder", "descriptions"),
+        "#029e73",
+        lambda crops: 1 + crops * max(1, crops.bit_length() - 1),  # the paper's T levels
+    ),
+)

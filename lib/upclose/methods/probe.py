@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from upclose import features
+from upclose.methods.entry import Method, whole
 from upclose.seeds import generator
 
 NORM_TOLERANCE = 1e-3
@@ -338,3 +339,6 @@ def _with_samples(
         raise ValueError(f"target{index} is no distribution over classes: probabilities are >= 0 and sum to 1")
     hard = F.one_hot(y, classes).to(x.dtype)[:, None].expand(n_seeds, -1, -1, -1)
     return rows, torch.cat([hard, target.to(x.dtype).expand(n_seeds, -1, -1, -1)], 2).flatten(1, 2)
+
+
+METHODS = (Method("linear probe", fit, ("shots",), "#333333", whole),)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from upclose.features import check_unit
 from upclose.methods import tip_adapter
+from upclose.methods.entry import Method, whole
 
 NEGATIVE_WEIGHT, NEGATIVE_BETA, NEGATIVE_CAPACITY = 0.117, 1.0, 2
 DOUBT = (0.2, 0.5)  # between these shares of log2(C) an entropy is doubtful
@@ -105,3 +106,6 @@ def _cache_logits(
         key, held = enter[seen], (enter[seen, None] <= now) & (now < ends[seen, None])
         out.append((tip_adapter.affinity(image[now], image[key], beta) * held).T @ ballot[key])
     return torch.cat(out)
+
+
+METHODS = (Method("TDA", lambda views, text: stream(views.image, text.label), ("stream",), "#6bc4c4", whole),)

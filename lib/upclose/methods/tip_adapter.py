@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from upclose import seeds
+from upclose.methods.entry import Method, whole
 
 CHUNK = 2**24  # affinities held at once: 64 MiB
 
@@ -234,3 +235,9 @@ def search(
     )  # (betas, alphas)
     a, b = divmod(int(accuracy.T.flatten().argmax()), len(betas))
     return Choice(alphas[a], betas[b], float(accuracy[b, a]))
+
+
+METHODS = (
+    Method("Tip-Adapter", scores, ("shots",), "#5b7f2b", whole),
+    Method("Tip-Adapter-F", finetune, ("shots",), "#2f4a0e", whole),
+)

@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 
 from upclose import crops
 from upclose.features import Views, check_unit
+from upclose.methods.entry import Method
 
 CONTEXT = "a photo of a"
 AREA = (0.08, 1.0)  # of the views that are drawn from pixels
@@ -134,3 +135,6 @@ def _tuned(
     with torch.no_grad():
         label = normalize(encoder.encode_embedded(tokens, context).float(), dim=-1)
     return torch.einsum("bd,bcd->bc", view[:, 0], label)
+
+
+METHODS = (Method("TPT", scores, ("crops", "encoder"), "#a0522d", lambda crops: 64),)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from upclose.features import check_unit
+from upclose.methods.entry import Method, whole
 
 WEIGHT = 50.0
 """lambda, of the released program."""
@@ -148,3 +149,6 @@ def scores(
             centre = normalize(z.T @ image, dim=-1)
             sigma = variances(image, centre, z)
     return z
+
+
+METHODS = (Method("TransCLIP-ZS", lambda views, text: scores(views.image, text.label), ("stream",), "#00797a", whole),)

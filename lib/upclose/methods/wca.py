@@ -11,6 +11,7 @@ eqs. 7-10 (arXiv 2507.09615); LGCA's eqs. 7 and 8 (arXiv 2511.00419) are the sam
 
 from __future__ import annotations
 
+from functools import partial
 from math import e
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from upclose.features import Text, Views, check_described
+from upclose.methods.entry import Method
 
 RELEASED = dict(image_scale=e**4, text_scale=e**2, normalise=True)
 """The hyperparameters of the authors' released program, for `scores(views, text, **RELEASED)`."""
@@ -93,3 +95,9 @@ def scores(
     if normalise:
         image, label = normalize(image, dim=-1), normalize(label, dim=-1)
     return (image @ label.mT).float()
+
+
+METHODS = (
+    Method("WCA", scores, ("crops", "descriptions"), "#de8f05"),
+    Method("WCA (released)", partial(scores, **RELEASED), ("crops", "descriptions"), "#8a5a00"),
+)
