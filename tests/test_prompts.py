@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,42 @@ def test_deep_nesting_is_one_sentence(tmp_path):
     (tmp_path / "x.json").write_text('{"tern": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(ValueError, match=r"x\.json is nested too deeply"):
         prompts.read(tmp_path / "x.json")
+
+
+CHATTY = """Sure! Here are some useful features of an arctic tern:
+
+## Appearance
+**Arctic tern**
+1) ***long, forked* tail**
+- "red beak"
+* *black* cap,
+2. Overall, it is slender
+---
+I hope this helps! Let me know if you need more.
+"""
+
+
+def test_answers_lose_preambles_headings_marks_and_closing_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("UPCLOSE_RUN", str(tmp_path))
+    with pytest.warns(prompts.PromptWarning, match=r"6 lines of the answers.*Sure! Here are"):
+        found = prompts.from_answers({"Arctic tern": CHATTY})
+    rows = ["long, forked tail", "red beak", "black cap,", "Overall, it is slender"]
+    assert found == {"Arctic tern": rows}
+    kept = json.loads((tmp_path / "facts.json").read_text())["sentences"]
+    assert [row["kind"] for row in kept] == ["chat"] * 3 + ["doubtful"] + ["chat"] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prompts.from_answers({"a": " sure-footed\n- here and there a red spot\n- 40 cm long"}) == {
+            "a": ["sure-footed", "here and there a red spot", "40 cm long"]
+        }
+
+
+def test_the_linter_drops_chat_and_reports_what_is_doubtful(tmp_path, monkeypatch):
+    monkeypatch.setenv("UPCLOSE_RUN", str(tmp_path))
+    rows = ["Here are the features:", "a __long__ tail", "'a red beak'", "These features help to tell it apart.", "---"]
+    said = prompts.lint({"tern": [*rows, "1) white"], "gull": ["As an AI, I cannot see."]}, ["tern", "gull"])
+    assert said.sentences["tern"] == ["a long tail", "a red beak", rows[3], "white"]
+    assert said.sentences["gull"] == ["a photo of a gull."]
+    kinds = [(f.kind, f.class_name) for f in said.findings if f.kind in ("chat", "doubtful")]
+    assert kinds == [("chat", "tern"), ("doubtful", "tern"), ("chat", "tern"), ("chat", "gull")]
+    assert len(json.loads((tmp_path / "facts.json").read_text())["sentences"]) == 4

@@ -49,6 +49,16 @@ def run_name() -> str:
     return name_of(folder) if folder else ""
 
 
+def note(name: str, rows: list) -> None:
+    """Add rows to a list of the run's `run.json`; outside a run nothing is kept."""
+    if (folder := run_folder()) is None or not rows:
+        return
+    file = folder / "facts.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    before = known.get(name, [])
+    write(file, json.dumps(known | {name: before + [row for row in rows if row not in before]}).encode())
+
+
 def name_of(folder: Path) -> str:
     """The name of a run from its folder, which is `.partial-<name>.<something>` until the run is complete."""
     name = folder.name

@@ -21,9 +21,13 @@ What the linter finds, and what becomes of it:
 | order | put in the data set's order |
 | empty | the class's own prompt, "a photo of a {name}." |
 | duplicate | kept once |
-| malformed | white space, list marks and control characters removed; what is blank then is dropped |
+| malformed | white space, list marks, markdown, outer quotes and control characters removed; blank ones dropped |
+| chat | dropped: a language model's preamble, heading or closing line, which describes nothing |
+| doubtful | kept: it reads like a language model's remark |
 | long | cut at a word, to what the tokenizer reads |
 | tie | kept: two classes have the same sentences, so no zero-shot method can tell them apart by these |
+
+Inside a run, `run.json` lists what was chat or doubtful.
 """
 
 from __future__ import annotations
@@ -50,7 +54,22 @@ TOKENS = 75  # of CLIP's 77, without start and end
 _FAMILY = {name: "imagenet" for name in ("imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a")}
 _FAMILY |= {"cub-painting": "cub"}
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_MARK = re.compile(r"^\s*(?:[-*•]+|\d+[.)])\s+")
+_MARK = re.compile(r"^\s*(?:(?:[-*•–—·◦▪+]+|\(?\d{1,3}[.)]|[a-z]\))\s+|[-•–](?=[^\W\d]))")
+_QUOTED = re.compile(r"^(?:\"(.*)\"|“(.*)”|'(.*)'|`(.*)`),?$")
+_BOLD = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1|(?<![\w*])(\*)(?=[^\s*])([^*]+)(?<=\S)\*(?![\w*])")
+_CHAT = re.compile(  # no description is a rule, a heading or the start of a list, or speaks of the answer itself
+    r"(?:[-*_=]\s*){3,}$|`{3}\w*$|#{1,6}\s[^.]{,60}$|[^:]*:\W*$|here are\b[^:]*$"
+    r"|let me know\b|feel free to\b|as an ai\b"
+    r"|(?:sure|certainly|of course|absolutely|okay|ok)\s*[!,.:]+\s*(?:(?:here|below|i|the following)\b|$)"
+    r"|(?:i )?hope (?:this|that|these) help|if you (?:need|want|have|would like)\b.*\b(?:me|help|questions?)\b"
+    r"|i(?:'m| am) sorry\b|i (?:can't|cannot) (?:answer|help|assist|provide)\b|(?:would you like|is there anything)\b",
+    re.IGNORECASE,
+)
+_DOUBTFUL = re.compile(
+    r"(?:i|we|note|please|overall|remember|sure|okay|in (?:summary|conclusion)|(?:here|below) (?:is|are))\b(?!-)"
+    r"|.*\b(?:these|those|the above) (?:\w+ )?(?:features|characteristics|traits|descript\w+)\b|.*[?!]$|#|`{3}",
+    re.IGNORECASE,
+)
 _EXAMPLES = {  # the two worked examples of Menon and Vondrick's question
     "lemur": (
         "four-limbed primate",
@@ -427,7 +446,30 @@ def lint(
     for name, key in keys.items():
         sentences[name], more = _clean(name, found[key], length or _pieces)
         findings += more
+    _note(findings)
     return Checked(sentences, findings + _ties(sentences))
+
+
+def _note(findings: Sequence[Finding]) -> None:
+    paths.note("sentences", [f._asdict() for f in findings if f.kind in ("chat", "doubtful")])
+
+
+def _bare(row: str) -> str:
+    """A sentence without control characters, markdown, list marks and outer quotes."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in row).split())
+    if not _CHAT.match(text):  # a rule of dashes is no list mark
+        for _ in range(2):  # bold around slanted
+            text = _BOLD.sub(lambda m: m[2] or m[4], text)
+        text = _MARK.sub("", re.sub(r"\*{2,}", "", text))
+    quoted = _QUOTED.match(text)
+    return next(filter(None, quoted.groups()), "") if quoted else text.strip()
+
+
+def _remark(text: str, name: str) -> str:
+    """What a line is: "chat" for no description of the class, "doubtful" for what may be none, else ""."""
+    if _CHAT.match(text):
+        return "chat"
+    return "doubtful" if _DOUBTFUL.match(text) or plain(text) == plain(name) else ""
 
 
 def _pieces(sentence: str) -> int:
@@ -437,11 +479,16 @@ def _pieces(sentence: str) -> int:
 def _clean(name: str, rows: Sequence[str], length: Callable[[str], int]) -> tuple[list[str], list[Finding]]:
     out, findings = [], []
     for row in rows:
-        text = " ".join("".join(c if c.isprintable() else " " for c in _MARK.sub("", row)).split())
+        text = _bare(row)
+        if (kind := _remark(text, name)) == "chat":
+            findings.append(Finding(kind, name, f"{row!r} dropped"))
+            continue
         if text != row:
             findings.append(Finding("malformed", name, f"{row!r} became {text!r}" if text else f"{row!r} dropped"))
         if not text:
             continue
+        if kind:
+            findings.append(Finding(kind, name, f"{row!r} kept"))
         if length(text) > TOKENS:
             whole, words = text, text.split(" ")
             while len(words) > 1 and length(" ".join(words)) > TOKENS:
@@ -486,14 +533,32 @@ def question(class_name: str) -> str:
 
 
 def answer(text: str) -> list[str]:
-    """The descriptors of a language model's answer: one a line, marked by "-", "*", "•" or a number.
+    """The descriptors of a language model's answer: one a line, marked by "-", "*", "•", a number or quotes.
+
+    The first line needs no mark, because the question ends with one. Other lines, preambles, headings, markdown and
+    quotes are left out.
 
     Raises:
-        ValueError: no line is marked
+        ValueError: no line is a descriptor
     """
-    rows = [_MARK.sub("", line).strip() for line in ("- " + text.lstrip("- ")).splitlines() if _MARK.match(line)]
-    if rows := [row for row in rows if row]:
-        return rows
+    return _answer(text, "")[0]
+
+
+def _answer(text: str, name: str) -> tuple[list[str], list[Finding]]:
+    rows, findings = [], []
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for k, line in enumerate(lines):
+        row = _bare(line)
+        kind = _remark(row, name)
+        listed = k == 0 or _MARK.match(line) or _QUOTED.match(line)
+        if not row or kind == "chat" or plain(row) == plain(name) or not listed:
+            findings.append(Finding("chat", name, f"{line!r} dropped"))
+            continue
+        if kind:
+            findings.append(Finding(kind, name, f"{line!r} kept"))
+        rows.append(row)
+    if rows:
+        return rows, findings
     raise ValueError(f"no list in the answer {text[:60]!r}; it must have a line a descriptor, '- long tail'")
 
 
@@ -502,11 +567,19 @@ def from_answers(answers: Mapping[str, str]) -> dict[str, list[str]]:
 
     Raises:
         ValueError: an answer holds no list; names the class
+
+    Warns:
+        PromptWarning: which lines were left out, and which may be no descriptors
     """
-    out = {}
+    out, findings = {}, []
     for name, text in answers.items():
         try:
-            out[name] = answer(text)
+            out[name], more = _answer(text, name)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
+        findings += more
+    if findings:
+        shown = "; ".join(f"{f.class_name}: {f.detail}" for f in findings[:5]) + ("; ..." if len(findings) > 5 else "")
+        warnings.warn(f"{len(findings)} lines of the answers look like no descriptors ({shown})", PromptWarning, 2)
+    _note(findings)
     return out
