@@ -11,7 +11,7 @@ from PIL import Image
 
 import trees
 from upclose import datasets, images
-from upclose.datasets import registry
+from upclose.datasets import adapters, registry
 from upclose.features import Dataset
 
 ENTRIES = sorted(registry.entries())
@@ -301,4 +301,65 @@ def test_a_class_may_be_called_train_and_system_folders_are_none(tmp_path):
     for label in ("train", "ship", "__MACOSX", "@eaDir"):
         (tmp_path / label).mkdir()
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / label / "a.png")
-    assert datasets.load(f"imagefolder:{tmp_path}", "train").class_names == ["ship", "train"]
+    with pytest.warns(datasets.FolderWarning, match="passed over: @eaDir, __MACOSX"):
+        assert datasets.load(f"imagefolder:{tmp_path}", "train").class_names == ["ship", "train"]
+
+
+def test_folders_of_splits_without_the_one_asked_for_are_no_classes(tmp_path):
+    trees.folders(tmp_path / "train", ["a"], 1)
+    trees.folders(tmp_path / "val", ["a"], 2)
+    assert len(datasets.load(f"imagefolder:{tmp_path}", "validation")) == 2
+    with pytest.raises(FileNotFoundError, match="taken for splits: train, val; there is no 'test'"):
+        datasets.load(f"imagefolder:{tmp_path}", "test")
+
+
+def test_wordnet_ids_become_imagenets_names_and_are_said(tmp_path):
+    trees.folders(tmp_path, ["n01440764", "n01855672", "my_dog"], 1)
+    with pytest.warns(datasets.FolderWarning, match="2 of 3 folders .* are WordNet ids"):
+        data = datasets.load(f"imagefolder:{tmp_path}")
+    assert data.class_names == ["my dog", "tench", "goose"]
+
+
+def test_numbers_as_class_names_are_said_and_a_file_gives_names(tmp_path):
+    trees.folders(tmp_path, ["0", "1", "10"], 1)
+    with pytest.warns(datasets.FolderWarning, match=r"put a classes\.txt beside them"):
+        assert datasets.load(f"imagefolder:{tmp_path}").class_names == ["0", "1", "10"]
+    (tmp_path / "classes.txt").write_text("0 great_tit\n10 robin\n")
+    with pytest.raises(ValueError, match="no line for '1'"):
+        datasets.load(f"imagefolder:{tmp_path}")
+    (tmp_path / "classes.json").write_text('{"0": "great tit", "1": "tern", "10": "robin"}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert datasets.load(f"imagefolder:{tmp_path}").class_names == ["great tit", "tern", "robin"]
+    (tmp_path / "classes.json").write_text('["great tit"]')
+    with pytest.raises(ValueError, match="must map folders to class names"):
+        datasets.load(f"imagefolder:{tmp_path}")
+
+
+def test_folders_without_a_readable_picture_and_pictures_of_other_endings_are_said(tmp_path):
+    trees.folders(tmp_path, ["owl", "tern", "wren"], 2)
+    for file in (tmp_path / "tern").iterdir():
+        file.write_bytes(b"no picture")
+    (tmp_path / "wren" / "picture 0.jpg").rename(tmp_path / "wren" / "picture")
+    (tmp_path / "wren" / "Thumbs.db").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()  # a class that is meant to have none
+    with pytest.warns(datasets.FolderWarning) as said:
+        data = datasets.load(f"imagefolder:{tmp_path}")
+    assert len(data) == 5
+    first, second = (str(warning.message) for warning in said)
+    assert "1 class folders" in first
+    assert "'tern'" in first
+    assert "1 pictures" in second
+    assert os.path.join("wren", "picture") in second
+
+
+def test_names_that_command_a_terminal_or_are_not_utf8(tmp_path):
+    trees.folders(tmp_path / "a", ["\x1b[31mred\x1b[0m\x07 owl"], 1)
+    assert datasets.load(f"imagefolder:{tmp_path / 'a'}").class_names == ["red owl"]
+    trees.folders(tmp_path / "b", ["owl"], 1)
+    os.rename(tmp_path / "b" / "owl" / "picture 0.jpg", os.fsencode(tmp_path / "b" / "owl") + b"/m\xf6we.jpg")
+    with pytest.raises(ValueError, match=r"xf6we\.jpg' is not UTF-8: rename it"):
+        datasets.load(f"imagefolder:{tmp_path / 'b'}")
+    (tmp_path / "list.txt").write_bytes(b"m\xf6we\n")
+    with pytest.raises(ValueError, match=r"list\.txt is not UTF-8"):
+        adapters.lines(tmp_path / "list.txt")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from upclose import images
 from upclose.images import MAX_PIXELS, ImageError, load_image
 
 RNG = np.random.default_rng(0)
@@ -189,7 +190,7 @@ def test_a_failing_disk_is_not_blamed_on_the_picture(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(OSError, match="Input/output") as caught:
+    with pytest.raises(OSError, match=r"Input/output error: .*a\.png") as caught:
         load_image(path)
     assert not isinstance(caught.value, ImageError)
 
@@ -211,3 +212,17 @@ def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
     with pytest.raises(ImageError, match="no regular file"):
         load_image(tmp_path / "x.jpg")
+
+
+@pytest.mark.skipif("AVIF" not in images.FORMATS, reason="this build of Pillow has no AVIF")
+def test_avif_is_read(tmp_path):
+    assert load_image(save(tmp_path / "a.avif", np.zeros((8, 8, 3), np.uint8))).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(("brand", "way"), [(b"heic", r'pip install "upclose\[heic\]"'), (b"avif", "save it as JPEG")])
+def test_formats_of_telephones_say_what_is_missing(tmp_path, monkeypatch, brand, way):
+    monkeypatch.setattr(images, "FORMATS", ["JPEG", "PNG"])
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0" * 20)
+    with pytest.raises(ImageError, match=way):
+        load_image(tmp_path / "a.heic")
+    assert images.begins(tmp_path / "a.heic")

@@ -47,6 +47,14 @@ def test_no_rows_are_a_table_with_its_columns(folder):
     assert (folder / "metrics.csv").read_text() == ",".join(metrics.COLUMNS) + "\n"
 
 
+def test_no_cell_is_a_formula_or_commands_a_terminal(folder):
+    names = {"method": "=cmd|'/c calc'!A1", "setting": "-2+3+A1", "dataset": "\x1b[31mred\x07", "table": "-0.5 [+1, 2]"}
+    record.metrics([ROW | names])
+    line = pd.read_csv(folder / "metrics.csv").iloc[0]
+    assert (line.method, line.setting) == ("'=cmd|'/c calc'!A1", "'-2+3+A1")
+    assert (line.dataset, line.table) == ("red", "-0.5 [+1, 2]")
+
+
 def test_claims_are_the_ledger(folder):
     frame = record.claims([CLAIM], unit="seed")
     pd.testing.assert_frame_equal(frame, claims.ledger([CLAIM], "seed"))

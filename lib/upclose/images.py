@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,18 @@ import torch
 from PIL import Image, ImageOps, features
 from torch import Tensor
 
+with suppress(ImportError):  # the extra [heic]
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+_BEGINS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|BM|GIF8|II\*\0|MM\0\*|RIFF....WEBP|P[1-6]\s|....ftyp(avi[fs]|hei[cfmsx]|hev[cx]|mif1|msf1)",
+    re.DOTALL,
+)
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
 FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", *(["AVIF"] if features.check("avif") else [])]
+FORMATS += ["HEIF"] if "HEIF" in Image.OPEN else []
 """What is decoded, by content and not by name. Pillow would hand others, such as EPS, to programs that run them."""
 
 
@@ -70,8 +82,17 @@ def load_image(path: str | os.PathLike) -> Tensor:
         raise ImageError(path, f"more than {MAX_PIXELS:,} pixels (decompression bomb?)") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or os.fspath(path)  # then its message names the picture
             raise
         raise ImageError(path, f"damaged, {type(error).__name__}: {error}") from error
+
+
+def begins(path: str | os.PathLike) -> bool:
+    """Whether a regular file begins like a picture that could be read here, or with an extra; nothing is decoded."""
+    if not os.path.isfile(path):
+        return False
+    with Path(path).open("rb") as file:
+        return _BEGINS.match(file.read(16)) is not None
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -86,5 +107,7 @@ def _not_an_image(path: str | os.PathLike) -> str:
         start = file.read(16)
     if not start:
         return "the file is empty (0 bytes)"
-    hint = ": HEIC, save it as JPEG" if start[4:8] == b"ftyp" else ""
+    kind = start[8:12] if start[4:8] == b"ftyp" else b""
+    hint = ': HEIC, pip install "upclose[heic]" or save it as JPEG' if kind[:2] in (b"he", b"mi", b"ms") else ""
+    hint = ": AVIF, which this build of Pillow lacks: save it as JPEG" if kind in (b"avif", b"avis") else hint
     return f"no image format that is read here (begins with {start!r}){hint}"

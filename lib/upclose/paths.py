@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -63,6 +64,25 @@ def name_of(folder: Path) -> str:
     """The name of a run from its folder, which is `.partial-<name>.<something>` until the run is complete."""
     name = folder.name
     return name.removeprefix(".partial-").rsplit(".", 1)[0] if name.startswith(".partial-") else name
+
+
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")  # what commands a terminal
+
+
+def printable(text: str) -> str:
+    """A text without what commands a terminal and other characters that are not for reading."""
+    return "".join(c for c in _ESCAPE.sub("", text) if c.isprintable())
+
+
+def cell(value: object) -> object:
+    """A value as a table's cell: printable, and no formula where a spreadsheet opens it."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") and not _NUMBERS.fullmatch(text) else text
+
+
+_NUMBERS = re.compile(r"[-+][-+\d.,eE \[\]]*")
 
 
 def checksums(folder: Path) -> dict[str, str]:

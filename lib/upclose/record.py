@@ -57,7 +57,7 @@ def metrics(rows: Sequence[dict]) -> pd.DataFrame:
     """
     frame = pd.DataFrame(rows, columns=COLUMNS).assign(run=paths.run_name())
     if (folder := paths.run_folder()) is not None:
-        frame.to_csv(folder / "metrics.csv", index=False, float_format="%.4f")
+        frame.map(paths.cell).to_csv(folder / "metrics.csv", index=False, float_format="%.4f")
     return frame
 
 
@@ -73,7 +73,7 @@ def claims(tested: Sequence[Claim], unit: str = "crop set") -> pd.DataFrame:
     """
     frame = ledger(tested, unit)
     if (folder := paths.run_folder()) is not None:
-        frame.to_csv(folder / "claims.csv", index=False)
+        frame.map(paths.cell).to_csv(folder / "claims.csv", index=False)
     return frame
 
 

@@ -183,7 +183,7 @@ def tables(measured: pd.DataFrame, folder: Path) -> list[Path]:
     for paper, name in compare.PAPERS.items():
         table = compare.versus(measured, paper).drop(columns=["paper"])
         written += [folder / f"{name}.csv", folder / f"{name}.html"]
-        table.to_csv(written[-2], index=False)
+        table.map(paths.cell).to_csv(written[-2], index=False)
         page = table.to_html(index=False, na_rep="", float_format="{:.2f}".format, escape=True)
         title = f"<title>{html.escape(paper)}: paper versus ours</title>"
         written[-1].write_text(f'<!doctype html>\n<meta charset="utf-8">{title}\n{page}\n', encoding="utf-8")

@@ -589,6 +589,17 @@ def test_a_picture_that_cannot_be_read_is_named_and_left_out(encoder):
         fair.adapt(encoder, dataset, text, **options)
 
 
+def test_a_failing_disk_stops_the_adaptation(encoder):
+    dataset = Pictures(5)
+
+    def fail(i):
+        raise OSError(5, "Input/output error", f"{i}.jpg")
+
+    dataset.load = fail
+    with pytest.raises(OSError, match=r"Input/output error: '\d.jpg'"):
+        fair.adapt(encoder, dataset, text_of(), n=4, k=2, epochs=1, batch_size=1)
+
+
 def test_the_text_tower_is_shared_and_stays_as_it_was(encoder):
     encoder.encode_text(["a bird"])
     found = adapt(encoder, Pictures(2), text_of())

@@ -1,5 +1,5 @@
 """Data sets by name: Birdlets, every data set of the five papers in its official layout, anybody's pictures."""
 
-from upclose.datasets.loading import CountWarning, Listed, download, get, load
+from upclose.datasets.loading import CountWarning, FolderWarning, Listed, download, get, load
 
-__all__ = ["CountWarning", "Listed", "download", "get", "load"]
+__all__ = ["CountWarning", "FolderWarning", "Listed", "download", "get", "load"]

@@ -16,10 +16,11 @@ import numpy as np
 import scipy.io
 import torchvision.datasets as tv
 
-from upclose import seeds
+from upclose import paths, seeds
 from upclose.datasets.registry import Entry, imagenet_classes
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+SUFFIXES |= {".avif", ".heic", ".heif"}
 _EUROSAT = {
     "AnnualCrop": "annual crop land",
     "Forest": "forest",
@@ -76,12 +77,19 @@ class Items(NamedTuple):
 
 def words(folder: str) -> str:
     """A folder's name as a class name: "001.Black_footed_Albatross" -> "Black footed Albatross"."""
-    return re.sub(r"^\d+\.", "", folder).replace("_", " ").strip()
+    return re.sub(r"^\d+\.", "", paths.printable(folder)).replace("_", " ").strip()
 
 
 def lines(file: Path) -> list[str]:
-    """The lines of a list file that are not empty."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a list file that are not empty.
+
+    Raises:
+        ValueError: the file is not UTF-8
+    """
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8") from None
 
 
 SYSTEM = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information"}  # nobody's classes

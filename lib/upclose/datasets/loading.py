@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from upclose import birdlets, paths
 from upclose.datasets import adapters, registry
 from upclose.datasets.adapters import Items, Record
 from upclose.features import Dataset
-from upclose.images import load_image
+from upclose.images import begins, load_image
 
 DOWNLOADS = {
     "oxford-pets": lambda root: tv.OxfordIIITPet(root, download=True),
@@ -39,6 +40,10 @@ class CountWarning(UserWarning):
     """A data set holds another number of pictures than the registry says."""
 
 
+class FolderWarning(UserWarning):
+    """Something in a folder of one's own pictures is probably not what was meant."""
+
+
 class Listed:
     """A data set whose pictures lie on the disk. See `upclose.features.Dataset`.
 
@@ -49,6 +54,7 @@ class Listed:
 
     Raises:
         FileNotFoundError: a picture of the list is not there
+        ValueError: a file's name is not UTF-8
     """
 
     def __init__(self, name: str, split: str, items: Items, root: Path):
@@ -103,7 +109,10 @@ def _fingerprint(data: Listed) -> str:
         except (FileNotFoundError, NotADirectoryError):
             missing.append(path)
             continue
-        digest.update(f"{key}\x1f{size}\x1f{label}\x1f{part}\n".encode())
+        try:
+            digest.update(f"{key}\x1f{size}\x1f{label}\x1f{part}\n".encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"{data.name}: the file name {os.fsencode(key)!r} is not UTF-8: rename it") from None
         if data.name == "imagefolder":  # two folders of uncompressed pictures may have equal names and sizes
             digest.update(_ends(path, size))
     if missing:
@@ -174,13 +183,89 @@ def _imagefolder(folder: Path, split: str) -> Listed:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; imagefolder:PATH needs one folder a class in PATH")
     found = set(adapters.class_folders(folder))
-    if found and found <= {*registry.SPLITS, "val"} and (folder / split).is_dir():  # else a class may be called "train"
-        folder = folder / split
-    items = adapters.from_folders(folder)
+    if found and found <= {*registry.SPLITS, "val"}:  # else a class may be called "train"
+        inside = "val" if split == "validation" and "validation" not in found else split
+        if inside not in found:
+            raise FileNotFoundError(
+                f"all folders of {folder} are called like splits and taken for splits: {', '.join(sorted(found))}; "
+                f"there is no {split!r}"
+            )
+        folder = folder / inside
+    items = adapters.from_folders(folder, _names(folder))
     if not items.files:
         raise ValueError(f"{folder} holds no pictures; imagefolder:PATH needs one folder a class, PATH/class/*.jpg")
     adapters.check(items, f"imagefolder:{folder}")
+    _report(folder, items)
     return Listed("imagefolder", split, items, folder)
+
+
+def _names(folder: Path) -> dict[str, str]:
+    """Class folder -> class name: what `classes.json` or `classes.txt` says, ImageNet's names, or the folders'.
+
+    Raises:
+        ValueError: the file does not name every folder
+    """
+    folders, known = adapters.class_folders(folder), registry.imagenet_classes()
+    if given := _given(folder):
+        if unnamed := [name for name in folders if name not in given]:
+            raise ValueError(f"the file of class names in {folder} has no line for {unnamed[0]!r}: add it")
+        return {name: given[name] for name in folders}
+    names = {name: adapters.words(name) for name in folders}
+    if 2 * len(ids := [name for name in folders if name in known]) > len(folders):
+        warnings.warn(
+            f"{len(ids)} of {len(folders)} folders of {folder} are WordNet ids: ImageNet's names are taken, "
+            f"{known[ids[0]]!r} for {ids[0]}",
+            FolderWarning,
+            stacklevel=4,
+        )
+        return names | {name: known[name] for name in ids}
+    if 2 * sum(name.isdecimal() for name in names.values()) > len(folders):
+        warnings.warn(
+            f"the folders of {folder} are numbers, which no encoder knows: put a classes.txt beside them with a line "
+            'a class, \'0 great tit\', or a classes.json, {"0": "great tit"}',
+            FolderWarning,
+            stacklevel=4,
+        )
+    return names
+
+
+def _given(folder: Path) -> dict[str, str]:
+    if (file := folder / "classes.json").is_file():
+        try:
+            table = json.loads(file.read_text(encoding="utf-8-sig"))
+            return {str(key): adapters.words(value) for key, value in table.items()}
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise ValueError(f'{file} must map folders to class names, {{"0": "great tit"}}') from None
+    if (file := folder / "classes.txt").is_file():
+        rows = [line.split(maxsplit=1) for line in adapters.lines(file)]
+        if short := [row[0] for row in rows if len(row) < 2]:
+            raise ValueError(f"{file}: the line {short[0]!r} must be a folder and its class's name, '0 great tit'")
+        return {key.removeprefix("\ufeff"): adapters.words(name) for key, name in rows}
+    return {}
+
+
+def _report(folder: Path, items: Items) -> None:
+    """Say which class folders hold files but no picture, and which pictures have no picture's ending."""
+    found: dict[str, list[Path]] = {name: [] for name in items.folders}
+    for name, file in zip(items.said, items.files):
+        found[name].append(file)
+    lost, strays = [], []
+    for name, files in found.items():
+        others = [p for p in (folder / name).rglob("*") if p.is_file() and not p.name.startswith(".")]
+        strays += [p for p in others if p.suffix.lower() not in adapters.SUFFIXES and begins(p)]
+        if others and not any(map(begins, files)):
+            lost.append(name)
+    if passed := sorted(adapters.SYSTEM & {child.name for child in folder.iterdir()}):
+        said = f"no classes but folders of an operating system, which are passed over: {', '.join(passed)}"
+        warnings.warn(f"in {folder} are {said}", FolderWarning, stacklevel=4)
+    if lost:
+        said = f"{len(lost)} class folders of {folder} hold files but no picture that can be read, the first is "
+        warnings.warn(f"{said}{lost[0]!r}: no picture is of these classes", FolderWarning, stacklevel=4)
+    if strays:
+        said = f"{len(strays)} pictures of {folder} have another ending than a picture's, the first is "
+        warnings.warn(
+            f"{said}{strays[0].relative_to(folder)!s:.200}: they are passed over", FolderWarning, stacklevel=4
+        )
 
 
 def _registered(entry: registry.Entry, split: str, root: Path, domain: str | None) -> Listed:
