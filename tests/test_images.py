@@ -226,3 +226,8 @@ def test_formats_of_telephones_say_what_is_missing(tmp_path, monkeypatch, brand,
     with pytest.raises(ImageError, match=way):
         load_image(tmp_path / "a.heic")
     assert images.begins(tmp_path / "a.heic")
+
+
+def test_heic_is_read_with_its_extra(tmp_path):
+    pytest.importorskip("pillow_heif")
+    assert load_image(save(tmp_path / "a.heic", np.zeros((8, 8, 3), np.uint8), format="HEIF")).shape == (3, 8, 8)
