@@ -29,3 +29,23 @@ def test_every_method_refuses_a_class_without_descriptions(method, owner):
     text = Text(unit(3), unit(4), torch.tensor(owner))
     with pytest.raises(ValueError, match=rf"classes \[{empty}\] have no description"):
         METHODS[method](Views(unit(5), unit(5, 7)), text)
+
+
+def test_sum_mean_and_of_are_the_loops_over_classes():
+    text = Text(unit(3), unit(6), torch.tensor([0, 0, 0, 1, 2, 2]))
+    x = torch.randn(6, 4, 2, generator=DRAW)
+    for c in range(3):
+        mine = text.owner == c
+        assert torch.allclose(text.sum(x)[c], x[mine].sum(0), atol=1e-6)
+        assert torch.allclose(text.mean(x)[c], x[mine].mean(0), atol=1e-6)
+        assert torch.allclose(text.mean()[c], text.description[mine].mean(0), atol=1e-6)
+        one = text.of(c)
+        assert torch.equal(one.label, text.label[c : c + 1])
+        assert torch.equal(one.description, text.description[mine])
+        assert one.owner.tolist() == [0] * int(mine.sum())
+
+
+def test_text_and_ladder_move_with_all_of_their_parts():
+    text = Text(unit(2), unit(2), torch.arange(2)).to("meta")
+    ladder = Ladder(unit(2), unit(2, 2, 3), torch.zeros(2, 2, 3, 4)).to("meta")
+    assert {part.device.type for part in (*text, *ladder)} == {"meta"}

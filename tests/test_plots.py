@@ -81,3 +81,29 @@ def test_the_ledger_has_a_row_a_claim_in_the_colour_of_its_verdict(ax):
     margins = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 1]
     assert margins == [0.0, 0.0, 0.5]
     assert ax.yaxis_inverted()
+
+
+def test_differences_have_a_line_each_with_their_interval_and_note(ax):
+    gaps = {"CLIP": (2.0, 1.0, 4.0), "LaZSL (mean)": (-1.0, -2.0, 0.5)}
+    plots.differences(ax, gaps, notes=["two", "minus one"], shift=0.2)
+    assert centres(ax) == [(2.0, 0.2), (-1.0, 1.2)]
+    assert [tuple(round(float(x), 6) for x in end) for end in ends(ax)] == [(1.0, 4.0), (-2.0, 0.5)]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == list(gaps)
+    assert [text.get_text() for text in ax.texts] == ["two", "minus one"]
+    assert ax.yaxis_inverted()
+
+
+def test_a_crop_is_the_inside_of_its_box(ax):
+    pixels = np.arange(3 * 8 * 10, dtype=np.uint8).reshape(3, 8, 10)
+    plots.crop(ax, pixels, (2.0, 1.0, 6.0, 5.0), shade="#ff0000")
+    assert np.array_equal(ax.images[0].get_array(), np.moveaxis(pixels[:, 1:5, 2:6], 0, -1))
+    assert to_hex(ax.spines["left"].get_edgecolor()) == "#ff0000"
+
+
+def test_a_plan_has_a_row_a_crop_and_a_column_an_attribute(ax):
+    mass = np.array([[0.1, 0.4, 0.0], [0.2, 0.0, 0.3]])
+    image = plots.plan(ax, mass, ["head", "wing"], ["beak", "cap", "legs"], numbers=True)
+    assert np.array_equal(image.get_array(), mass)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["beak", "cap", "legs"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["head", "wing"]
+    assert [text.get_text() for text in ax.texts] == ["0.10", "0.40", "0.00", "0.20", "0.00", "0.30"]

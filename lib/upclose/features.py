@@ -6,7 +6,7 @@ C classes, L descriptions in all, D embedding dimensions, W the width of the ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -54,6 +54,31 @@ class Text(NamedTuple):
     def counts(self) -> Tensor:
         """(C,) int64: how many descriptions each class has."""
         return torch.bincount(self.owner, minlength=len(self.label))
+
+    def sum(self, x: Tensor | None = None) -> Tensor:
+        """Sums over each class's descriptions: (L, ...) -> (C, ...); without `x` of the embeddings, (C, D)."""
+        x = self.description if x is None else x
+        return x.new_zeros(len(self.label), *x.shape[1:]).index_add(0, self.owner, x)
+
+    def mean(self, x: Tensor | None = None) -> Tensor:
+        """Means over each class's descriptions, as `sum`; means of embeddings are not normalised.
+
+        Raises:
+            ValueError: on the CPU, a class without descriptions
+        """
+        check_described(self)
+        total = self.sum(x)
+        count = self.sum(total.new_ones(len(self.owner)))
+        return total / count.view(-1, *[1] * (total.ndim - 1))
+
+    def of(self, c: int) -> Text:
+        """The text of one class: its prompt (1, D) and its descriptions, which now belong to class 0."""
+        mine = self.description[self.owner == c]
+        return Text(self.label[c : c + 1], mine, self.owner.new_zeros(len(mine)))
+
+    def to(self, device: torch.device | str) -> Text:
+        """The same text on a device."""
+        return Text(*_on(device, self))
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """The descriptions as a rectangle: (C, M, D) padded with zeros, and (C, M) bool that is True on real ones.
@@ -107,6 +132,10 @@ def check_labels(label: Tensor, images: int) -> None:
         raise ValueError(f"{images} images, but labels {tuple(label.shape)}: give one to each")
 
 
+def _on(device: torch.device | str, parts: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
+    return (None if part is None else part.to(device) for part in parts)
+
+
 class Views(NamedTuple):
     """A batch of B images, N crops each.
 
@@ -128,6 +157,10 @@ class Views(NamedTuple):
         """The same views of some of the images."""
         return Views(*(None if part is None else part[index] for part in self))
 
+    def to(self, device: torch.device | str) -> Views:
+        """The same views on a device."""
+        return Views(*_on(device, self))
+
 
 class Ladder(NamedTuple):
     """A batch of B images whose N crops were each expanded 0 .. T-1 times.
@@ -145,6 +178,10 @@ class Ladder(NamedTuple):
     def level(self, step: int) -> Views:
         """The crops of one expansion step as `Views`."""
         return Views(self.image, self.crop[:, step], None if self.box is None else self.box[:, step])
+
+    def to(self, device: torch.device | str) -> Ladder:
+        """The same ladder on a device."""
+        return Ladder(*_on(device, self))
 
 
 class Plan(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 _PALETTE = sns.color_palette("colorblind", 10).as_hex()
@@ -85,6 +86,59 @@ def picture(
             ax.text(x0, y0 - 1, name, fontsize=6, color="black", bbox={"fc": colour, "ec": "none", "pad": 0.6})
 
 
+def crop(ax: Axes, pixels, box: Sequence[float], title: str = "", shade: str | None = None) -> None:
+    """What a box holds of a picture, with a frame in a colour of choice.
+
+    Args:
+        ax: to draw on
+        pixels: (3, H, W) uint8, the whole picture
+        box: x0, y0, x1, y1 in pixels
+        title: above
+        shade: of the frame, None for no frame
+    """
+    x0, y0, x1, y1 = (int(x) for x in box)
+    picture(ax, pixels[:, y0:y1, x0:x1], title=title)
+    ax.title.set_fontsize(8)
+    if shade is not None:
+        for spine in ax.spines.values():
+            spine.set(visible=True, color=shade, lw=2.5)
+
+
+def plan(
+    ax: Axes,
+    mass,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str = "",
+    numbers: bool = False,
+    **look,
+) -> AxesImage:
+    """A transport plan, or any other matching of crops with attributes, as a matrix.
+
+    Args:
+        ax: to draw on
+        mass: (N, M)
+        rows: N names
+        columns: M names
+        title: above
+        numbers: write each entry into its field
+        look: of `Axes.imshow`: cmap, vmin, vmax, norm, aspect
+
+    Returns:
+        the image, for a colour bar
+    """
+    mass = np.asarray(mass)
+    image = ax.imshow(mass, **{"cmap": "Greens", **look})
+    ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=7)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.set(title=title)
+    ax.grid(False)
+    for (i, j), value in np.ndenumerate(mass) if numbers else ():
+        shade = "white" if image.norm(value) > 0.6 else "black"
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=shade)
+    return image
+
+
 def intervals(
     ax: Axes, frame: pd.DataFrame, label: str = "method", title: str = "", reference: str | None = None
 ) -> None:
@@ -112,6 +166,46 @@ def intervals(
             ax.axvline(line.value, color=colour(name), lw=0.8, ls="--", zorder=0)
     ax.set(yticks=range(len(frame)), yticklabels=frame[label], xlabel="top-1 accuracy (%)", title=title)
     ax.invert_yaxis()
+
+
+def differences(
+    ax: Axes,
+    gaps: Mapping[str, tuple[float, float, float]],
+    title: str = "",
+    shade: str | None = None,
+    label: str | None = None,
+    notes: Sequence[str] = (),
+    shift: float = 0.0,
+    marker: str = "o",
+) -> None:
+    """Differences with their intervals, one a line from above, and a line at zero.
+
+    Args:
+        ax: to draw on
+        gaps: name -> (difference, lower end, upper end) in points, as `evaluate.differences` gives them
+        title: above
+        shade: of all of them; None for the colour of the method that a name starts with
+        label: in a legend, where several series share the axes
+        notes: one a line, beside the upper end
+        shift: downwards, in lines, so that series do not hide each other
+        marker: of the points
+    """
+    for y, (name, (mean, low, high)) in enumerate(gaps.items()):
+        ax.errorbar(
+            mean,
+            y + shift,
+            xerr=[[mean - low], [high - mean]],
+            fmt=marker,
+            color=shade or colour(name),
+            capsize=3,
+            label=label if y == 0 else None,
+        )
+    for y, note in enumerate(notes):
+        high = list(gaps.values())[y][2]
+        ax.annotate(note, (high, y + shift), xytext=(6, -3), textcoords="offset points", fontsize=7)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set(yticks=range(len(gaps)), yticklabels=list(gaps), xlabel="points, 95 % interval", title=title)
+    ax.set_ylim(len(gaps) - 0.4, -0.6)
 
 
 def ledger(ax: Axes, claims) -> None:

@@ -380,7 +380,7 @@ def test_two_epochs_of_two_batches_equal_a_naive_loop(encoder):
         assert [found.history.self_training[epoch].item(), found.history.fairness[epoch].item()] == pytest.approx(
             wanted, rel=1e-3
         )
-    start = normalize(clip.class_means(text), dim=-1)
+    start = normalize(text.mean(), dim=-1)
     assert (found.anchors - start).abs().max() > 5e-3
     assert torch.allclose(found.anchors, normalize(anchors.detach(), dim=-1), atol=2e-4)
     for (name, weight), naive in zip(found.encoder.visual.named_parameters(), visual.parameters()):
@@ -406,7 +406,7 @@ def test_the_rows_of_the_tables_label_as_they_say(encoder, row):
     options = {"k": 4, "n": 5, **fair.ROWS[row]}
     dataset, text, seed = Pictures(4), text_of(), seeds.derive(0, "weak", 0)
     found = adapt(encoder, dataset, text, **options).history
-    anchors = normalize(clip.class_means(text), dim=-1)
+    anchors = normalize(text.mean(), dim=-1)
     if options.get("weak") == "resized":
         box = [
             crops.sample_area_boxes(*x.shape[1:], 1, (0.08, 1.0), seed, k) for x, k in zip(dataset.pixels, dataset.key)
@@ -454,7 +454,7 @@ def test_only_layernorm_and_anchors_change(encoder):
     assert {name.removeprefix("weight.") for name in states[-1] if name.startswith("weight.")} == norms | {"anchors"}
     for name in norms | {"anchors"}:  # a gradient reached every one of them
         assert states[0][f"exp_avg_sq.{name}"].sum() > 0, name
-    start = normalize(clip.class_means(text), dim=-1)
+    start = normalize(text.mean(), dim=-1)
     assert (found.anchors - start).norm(dim=-1).min() > 0
     assert torch.allclose(found.anchors.norm(dim=-1), torch.ones(3))
 
@@ -632,7 +632,7 @@ def test_a_frozen_teacher_labels_with_the_given_encoder(encoder):
     found = adapt(encoder, dataset, text, shared=False, **options).history
     feature, token = naive_views(encoder, dataset, 1, 5)
     views = Views(feature[:, 0], feature[:, 1:], None, token[:, 0], token[:, 1:])
-    psi = fair._alignment(views, clip.class_means(text), 2, "cls")
+    psi = fair._alignment(views, text.mean(), 2, "cls")
     assert torch.allclose(found.weight[1], fair.pseudo_label_weights(psi), atol=1e-5)
     moved = adapt(encoder, dataset, text, **options).history
     assert not torch.allclose(moved.weight[1], found.weight[1], atol=1e-4)
@@ -656,7 +656,7 @@ def problem(encoder):
     solution = torch.linalg.lstsq(torch.cat([x, bias], 1), y, driver="gelsd").solution
     guess = torch.cat([encoder.encode_images(test.pixels), bias], 1) @ solution
     ceiling = (guess.argmax(-1) == test.truth).float().mean().item()
-    before = accuracy(fair.Adapted(encoder, normalize(clip.class_means(text), dim=-1), None), test)
+    before = accuracy(fair.Adapted(encoder, normalize(text.mean(), dim=-1), None), test)
     return train, test, text, before, ceiling
 
 

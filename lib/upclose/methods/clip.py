@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from upclose.features import Text, Views, check_described
+from upclose.features import Text, Views
 from upclose.methods.entry import Method, whole
 
 
@@ -39,18 +38,6 @@ def scores(views: Views, text: Text) -> Tensor:
     return (views.image @ text.label.mT).float()
 
 
-def class_means(text: Text) -> Tensor:
-    """The mean of each class's descriptions, (C, D), not normalised.
-
-    Raises:
-        ValueError: on the CPU, a class without descriptions
-    """
-    check_described(text)
-    total = torch.zeros_like(text.label).index_add(0, text.owner, text.description)
-    count = text.label.new_zeros(len(text.label)).index_add(0, text.owner, text.label.new_ones(len(text.owner)))
-    return total / count[:, None]
-
-
 def description_scores(views: Views, text: Text, *, normalise: bool = False) -> Tensor:
     """CLIP-D: the mean over a class's descriptions of cos(f, t_j).
 
@@ -67,7 +54,7 @@ def description_scores(views: Views, text: Text, *, normalise: bool = False) -> 
     Source:
         Menon and Vondrick 2023, eq. 1 (mean of cosines); CuPL's released program (`normalise=True`).
     """
-    mean = class_means(text)
+    mean = text.mean()
     return (views.image @ (normalize(mean, dim=-1) if normalise else mean).mT).float()
 
 
@@ -85,7 +72,7 @@ def multi_crop_scores(views: Views, text: Text) -> Tensor:
         FAIR eqs. 7 and 10 with w_i = 1/N and v_j = 1/M. The mean of cosines is the product of the two mean
         embeddings, so the (N, L) matrix is never made.
     """
-    return (views.crop.mean(1) @ class_means(text).mT).float()
+    return (views.crop.mean(1) @ text.mean().mT).float()
 
 
 METHODS = (

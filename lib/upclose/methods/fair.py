@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 
 from upclose import crops, seeds
 from upclose.features import Dataset, Text, Views
-from upclose.methods import clip, wca
+from upclose.methods import wca
 from upclose.methods.entry import Method
 
 Tuning = Literal["layernorm", "lora", "k-adaptation"]
@@ -51,7 +51,7 @@ CHOICES = {
     "gamma": ("raw", "batch"),
     "tuning": ("layernorm", "lora", "k-adaptation"),
 }
-FIXED = {"descriptions": wca.class_means, "mean": clip.class_means}
+FIXED = {"descriptions": wca.class_means, "mean": Text.mean}
 KRONECKER = 4
 """t, the number and side of K-Adaptation's shared matrices."""
 LORA_TARGETS = r".*mlp\.(c_fc|c_proj|fc1|fc2)"
@@ -419,7 +419,7 @@ def adapt(
     classes, device = len(text.label), encoder.device
     student = _copy(encoder)
     teacher = student if shared else encoder
-    anchors = nn.Parameter(normalize(clip.class_means(text), dim=-1).to(device))
+    anchors = nn.Parameter(normalize(text.mean(), dim=-1).to(device))
     tuned = tune(student.visual, tuning, rank, seed)
     trained = {"anchors": anchors, **{f"visual.{name}": weight for name, weight in tuned.items()}}
     optimizer = torch.optim.AdamW(trained.values(), learning_rate, weight_decay=weight_decay)

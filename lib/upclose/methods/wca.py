@@ -58,13 +58,12 @@ def text_weights(text: Text, *, scale: float = 1.0) -> Tensor:
     cosine = scale * (text.label[text.owner] * text.description).sum(-1)
     top = cosine.new_full((len(text.label),), -torch.inf).scatter_reduce(0, text.owner, cosine, "amax")
     part = (cosine - top[text.owner]).exp()
-    return part / torch.zeros_like(top).index_add(0, text.owner, part)[text.owner]
+    return part / text.sum(part)[text.owner]
 
 
 def class_means(text: Text, *, scale: float = 1.0) -> Tensor:
     """sum_j v_j t_j of each class, (C, D), not normalised."""
-    weighted = text_weights(text, scale=scale)[:, None] * text.description
-    return torch.zeros_like(text.label).index_add(0, text.owner, weighted)
+    return text.sum(text_weights(text, scale=scale)[:, None] * text.description)
 
 
 def scores(

@@ -1,0 +1,207 @@
+"""The living room: from a data set and the names of methods to who is right, and to a test of two of them.
+
+    said = evaluate.texts(encoder, data)
+    rules = evaluate.rules(["CLIP", "CLIP-D", "WCA"], said)
+    plans = [Plan("square", 16, (0.5, 0.9), seed) for seed in (0, 1, 2)]
+    hits = evaluate.hits(rules, encoder, data, plans)
+    evaluate.check({"C1": ("WCA beats CLIP", "WCA", "CLIP")}, {"photo": hits})
+
+A rule is any function of `Views` (or of a `Ladder`, for a plan with steps) that gives (B, C) scores. So a notebook adds
+rules of its own to the dictionary and everything below treats them as it treats the named ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from upclose import bank, claims, encode, methods, metrics, prompts
+from upclose.features import Dataset, Ladder, Plan, Text, Views
+
+NUMBERS = 2**26
+"""Numbers in a block of views, 256 MB; a block has 256 images where that is less."""
+
+
+class Rule(NamedTuple):
+    """A method of the registry, bound to the text that it reads."""
+
+    method: methods.Method
+    text: Text
+
+    def __call__(self, views: Views | Ladder) -> Tensor:
+        """(B, C) scores; a method of crops reads the first level of a ladder."""
+        is_ladder, wants_ladder = isinstance(views, Ladder), "ladder" in self.method.needs
+        if wants_ladder and not is_ladder:
+            raise ValueError(f"{self.method.name} reads a ladder: give a plan with more than one step")
+        return self.method.function(views.level(0) if is_ladder and not wants_ladder else views, self.text)
+
+
+# ------------------------------------------------------------------------------------------------------------ the text
+
+
+def text(encoder: encode.Encoder, data: Dataset, source: str, **options) -> Text:
+    """The text of a problem: plain prompts as labels, a source's sentences as descriptions.
+
+    The templates of "clip-e" are averaged into the labels as well.
+
+    Args:
+        encoder: of the sentences
+        data: whose classes; its `name`, `split` and `class_names` are read, and nothing else
+        source: one of `prompts.SOURCES`
+        options: of `prompts.load`: seed, variant, file
+
+    Raises:
+        ValueError: an unknown source, or sentences that the linter cannot repair
+    """
+    names = data.class_names
+    said = list(prompts.load(source, data.name, data.split, names, **options).values())
+    label = said if source == "clip-e" else [prompts.TEMPLATE.format(name) for name in names]
+    return encode.embed_text(encoder, label, said, names)
+
+
+def texts(encoder: encode.Encoder, data: Dataset) -> Callable[[str], Text]:
+    """Source -> `text`; each source is embedded once."""
+    return cache(partial(text, encoder, data))
+
+
+# ----------------------------------------------------------------------------------------------------------- the views
+
+
+def read(
+    encoder: encode.Encoder, data: Dataset, plan: Plan, images: slice = slice(None), **options
+) -> tuple[Views | Ladder, Tensor, Tensor]:
+    """The views of a data set, encoded the first time and read from the bank afterwards.
+
+    Args:
+        encoder: of the crops
+        data: whose pictures
+        plan: which crops
+        images: positions in the data set, without a step
+        options: of `bank.build`
+
+    Returns:
+        as `bank.Bank.read`, the views and labels on the encoder's device
+    """
+    return _on(encoder, bank.build(data, encoder, plan, **options).read(images))
+
+
+def blocks(
+    encoder: encode.Encoder, data: Dataset, plan: Plan, **options
+) -> Iterator[tuple[Views | Ladder, Tensor, Tensor]]:
+    """`read`, a block of images at a time: at most 256 of them, and at most `NUMBERS` numbers."""
+    size = NUMBERS // (plan.n * plan.steps * encoder.dim)
+    for block in bank.build(data, encoder, plan, **options).batches(min(256, max(1, size))):
+        yield _on(encoder, block)
+
+
+def _on(encoder: encode.Encoder, block: tuple) -> tuple[Views | Ladder, Tensor, Tensor]:
+    views, label, index = block
+    return views.to(encoder.device), label.to(encoder.device), index
+
+
+# --------------------------------------------------------------------------------------------------------- the methods
+
+
+def rules(names: Iterable[str], said: Callable[[str], Text], *, source: str = "clip-d") -> dict[str, Rule]:
+    """Methods of the registry by name.
+
+    Args:
+        names: in tables
+        said: source -> text, from `texts` or one's own
+        source: whose sentences those methods read that bring none (CLIP, multi-crop, WCA, LGCA, D&D)
+
+    Raises:
+        ValueError: an unknown method, or one that needs more than views and text
+    """
+    found = {name: methods.get(name) for name in names}
+    for name, method in found.items():
+        if not method.zero_shot:
+            raise ValueError(f"{name} needs {', '.join(method.needs)}: call it in the notebook")
+    return {name: Rule(method, said(method.source or source)) for name, method in found.items()}
+
+
+def collect(
+    keep: Callable[[Tensor, Tensor], Tensor],
+    rules: Mapping[str, Callable[[Views | Ladder], Tensor]],
+    encoder: encode.Encoder,
+    data: Dataset,
+    plans: Sequence[Plan],
+    **options,
+) -> dict[str, Tensor]:
+    """What one wants to keep of the scores of each crop set and image; the scores themselves live a block long.
+
+    Args:
+        keep: (scores (B, C), label (B,)) -> (B, ...)
+        rules: {method: rule}; those of a stream get all images at once
+        encoder: of the crops
+        data: whose pictures
+        plans: one a crop set
+        options: of `bank.build`
+
+    Returns:
+        {method: (S, n, ...)} on the CPU, for the n readable images
+    """
+    stream = {name for name, rule in rules.items() if isinstance(rule, Rule) and "stream" in rule.method.needs}
+    found: dict[str, list[Tensor]] = {name: [] for name in rules}
+    for plan in plans:
+        row: dict[str, list[Tensor]] = {name: [] for name in rules}
+        for views, label, _ in blocks(encoder, data, plan, **options):
+            for name in rules.keys() - stream:
+                row[name].append(keep(rules[name](views), label).cpu())
+        if stream:
+            views, label, _ = read(encoder, data, plan, **options)
+            for name in stream:
+                row[name].append(keep(rules[name](views), label).cpu())
+        for name, parts in row.items():
+            found[name].append(torch.cat(parts))
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def hits(
+    rules: Mapping[str, Callable[[Views | Ladder], Tensor]],
+    encoder: encode.Encoder,
+    data: Dataset,
+    plans: Sequence[Plan],
+    **options,
+) -> dict[str, Tensor]:
+    """Who is right, for each crop set and image: {method: (S, n) bool}. Arguments as in `collect`."""
+    return collect(metrics.correct, rules, encoder, data, plans, **options)
+
+
+# ------------------------------------------------------------------------------------------------------ the paired test
+
+
+def differences(
+    hits: Mapping[str, Tensor], method: str, rivals: Iterable[str] | None = None
+) -> dict[str, tuple[float, float, float]]:
+    """A method minus each rival, in points, with its interval.
+
+    Args:
+        hits: {method: (S, n) bool}
+        method: the one that is compared
+        rivals: with whom; None for all others
+
+    Returns:
+        {rival: (difference, lower end, upper end)}, as `claims.interval`
+    """
+    rivals = [rival for rival in hits if rival != method] if rivals is None else rivals
+    return {rival: claims.interval(hits[method], hits[rival]) for rival in rivals}
+
+
+def check(asked: Mapping[str, tuple[str, str, str]], results: Mapping[str, Mapping[str, Tensor]]) -> list[claims.Claim]:
+    """Claims about methods, each decided in every world in which both methods were run.
+
+    Args:
+        asked: {"C1": (what is claimed, the better method, the worse)}
+        results: {world: {method: (S, n) bool}}; the world's name is appended to the claim's, "" appends nothing
+    """
+    return [
+        claims.check(f"{name} {world}".strip(), f"{what}, {world}" if world else what, hits[better], hits[worse])
+        for name, (what, better, worse) in asked.items()
+        for world, hits in results.items()
+        if better in hits and worse in hits
+    ]
