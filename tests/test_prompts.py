@@ -161,6 +161,16 @@ def test_damaged_copy_is_not_read(published):
         prompts.fetch(source)
 
 
+def test_of_a_file_without_a_known_checksum_the_first_is_kept(published):
+    source = published[0]._replace(sha256="")
+    with pytest.warns(prompts.PromptWarning, match="nobody has said which sha256"):
+        file = prompts.fetch(source)
+    prompts.fetch(source)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="has the sha256"):
+        prompts.fetch(source)
+
+
 def test_without_a_network_the_error_says_where_to_put_the_file(published, monkeypatch):
     def fail(*_, **__):
         raise OSError("no network")

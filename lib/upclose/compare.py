@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-PUBLISHED = files("upclose") / "published"
+from upclose import shipped
+
 PAPERS = {"LGCA": "lgca", "LaZSL": "lazsl", "D&D": "dnd", "FAIR": "fair", "LARE": "lare"}
 KEYS = ["paper", "table", "method", "dataset", "backbone", "setting", "metric"]
 ROW = [key for key in KEYS if key != "dataset"]
@@ -34,7 +33,7 @@ CITED = (
 )
 
 
-def read(file: Path | Traversable) -> pd.DataFrame:
+def read(file: Path) -> pd.DataFrame:
     """A table in which an empty cell is an empty string, but in the columns of numbers."""
     frame = pd.read_csv(file, keep_default_na=False)
     for column in {"value", "std", "n"} & set(frame):
@@ -52,7 +51,7 @@ def published(paper: str | None = None, table: str | None = None) -> pd.DataFram
     Raises:
         ValueError: no such paper or table
     """
-    files = [PUBLISHED / f"{name}.csv" for name in PAPERS.values()]
+    files = [shipped.checked(shipped.PACKAGE / "published" / f"{name}.csv") for name in PAPERS.values()]
     frame = pd.concat([read(file) for file in files])
     for column, wanted in (("paper", paper), ("table", table)):
         if wanted is not None:
@@ -194,7 +193,7 @@ def backbones() -> pd.DataFrame:
 
     Source: open_clip's docs/model_profile.csv, column image_gflops; a multiply-add is two operations.
     """
-    return pd.read_csv(PUBLISHED / "backbones.csv")
+    return pd.read_csv(shipped.checked(shipped.PACKAGE / "published" / "backbones.csv"))
 
 
 def backbone_label(name: str, pretrained: str = "") -> str:

@@ -46,7 +46,7 @@ from typing import NamedTuple
 import numpy as np
 import pooch
 
-from upclose import paths, seeds
+from upclose import paths, seeds, shipped
 
 TEMPLATE = "a photo of a {}."
 SOURCES = ("clip", "clip-e", "clip-d", "clip-d-shuffled", "lazsl", "dnd", "cupl", "waffle")
@@ -175,7 +175,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 @cache
 def published() -> tuple[Source, ...]:
     """Every file of `published/prompts.csv`; a data set's first variant of a source is the default."""
-    with (paths.PUBLISHED / "prompts.csv").open(newline="", encoding="utf-8") as file:
+    with shipped.checked(paths.PUBLISHED / "prompts.csv").open(newline="", encoding="utf-8") as file:
         return tuple(Source(**line) for line in csv.DictReader(file))
 
 
@@ -209,21 +209,32 @@ def local(file: Source) -> Path:
 def fetch(file: Source) -> Path:
     """A published file at its pinned commit, downloaded once and compared with its sha256.
 
+    Of the few files whose sha256 is not known, that of the first download is kept beside it.
+
     Raises:
         ConnectionError: it is not here and cannot be downloaded; says where to put it
         ValueError: its bytes are not those that were published
+
+    Warns:
+        PromptWarning: nothing told whether the first download was what was published
     """
     target = local(file)
+    kept = target.with_name(f"{target.name}.sha256")
+    known = file.sha256 or (kept.read_text().strip() if kept.is_file() else "")
     url = f"https://raw.githubusercontent.com/{file.repository}/{file.commit}/{file.path.replace(' ', '%20')}"
-    if target.is_file() and file.sha256 and (found := pooch.file_hash(target)) != file.sha256:
-        raise ValueError(f"{target} has the sha256 {found}, not {file.sha256}: remove it, it will be fetched again")
-    known = f"sha256:{file.sha256}" if file.sha256 else None
+    if target.is_file() and known and (found := pooch.file_hash(target)) != known:
+        raise ValueError(f"{target} has the sha256 {found}, not {known}: remove it, it will be fetched again")
     try:
-        return Path(pooch.retrieve(url, known, target.name, target.parent, progressbar=False))
+        got = pooch.retrieve(url, f"sha256:{known}" if known else None, target.name, target.parent, progressbar=False)
     except ValueError as error:
         raise ValueError(f"{url} is not what was published: {error}") from None
     except Exception as error:
         raise ConnectionError(f"{url} cannot be fetched ({error}): put the file at {target}") from error
+    if not known:
+        paths.write(kept, pooch.file_hash(got).encode())
+        said = f"nobody has said which sha256 {url} has: that of this copy is kept in {kept}"
+        warnings.warn(said, PromptWarning, stacklevel=2)
+    return Path(got)
 
 
 # ----------------------------------------------------------------------------------------------------------- sentences
@@ -240,7 +251,7 @@ def waffle(class_names: Sequence[str], pairs: int = 15, seed: int = 0) -> dict[s
     Source: Roth et al., "Waffling around for Performance", section 4.
     """
     rng = seeds.rng(seed, "waffle")
-    words = (paths.PACKAGE / "published" / "words.txt").read_text().split()
+    words = shipped.checked(paths.PUBLISHED / "words.txt").read_text().split()
     descriptors = []
     for _ in range(pairs):
         descriptors.append(" ".join(words[int(k)] for k in rng.choice(len(words), 2, replace=False)))
@@ -274,7 +285,7 @@ def templates(dataset: str) -> tuple[str, ...]:
 
     Source: OpenAI's CLIP repository, data/prompts.md; Places365, which it lacks: WCA's released file.
     """
-    if rows := _json(paths.PUBLISHED / "templates.json").get(_FAMILY.get(dataset, dataset)):
+    if rows := _json(shipped.checked(paths.PUBLISHED / "templates.json")).get(_FAMILY.get(dataset, dataset)):
         return tuple(rows)
     if any(f.source == "clip-e" and f.dataset == dataset for f in published()):
         rows = _json(fetch(find("clip-e", dataset)))
@@ -300,7 +311,7 @@ def _descriptors(source: str, dataset: str, split: str, variant: str | None, fil
     if file:
         return read(file)
     if dataset == "birdlets":
-        return read(paths.PACKAGE / "birdlets" / "prompts" / f"{source}_{split}.json")
+        return read(shipped.checked(paths.PACKAGE / "birdlets" / "prompts" / f"{source}_{split}.json"))
     return read(fetch(find(source, dataset, variant)))
 
 

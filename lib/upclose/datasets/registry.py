@@ -19,7 +19,7 @@ import difflib
 from functools import cache
 from typing import NamedTuple
 
-from upclose import paths
+from upclose import paths, shipped
 
 SPLITS = ("train", "validation", "test")
 
@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 def entries() -> dict[tuple[str, str], Entry]:
     """Every entry of the registry."""
     found: dict[tuple[str, str], Entry] = {}
-    with (paths.PUBLISHED / "datasets.csv").open(newline="", encoding="utf-8") as file:
+    with shipped.checked(paths.PUBLISHED / "datasets.csv").open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             domain = line.pop("domain")
             key = line["dataset"], line["protocol"]
@@ -97,5 +97,5 @@ def imagenet_classes() -> dict[str, str]:
     Deviates: OpenAI's current list has two pairs of equal names ("missile", "sunglasses"); this is its first list,
     which the published descriptions use and in which they differ.
     """
-    with (paths.PUBLISHED / "imagenet_classes.csv").open(newline="", encoding="utf-8") as file:
+    with shipped.checked(paths.PUBLISHED / "imagenet_classes.csv").open(newline="", encoding="utf-8") as file:
         return {line["folder"]: line["name"] for line in csv.DictReader(file)}

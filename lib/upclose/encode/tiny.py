@@ -26,7 +26,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from upclose import paths, seeds
+from upclose import paths, seeds, shipped
 
 NAMES = ("birdlets-tiny", "birdlets-tiny-whole")
 BUCKETS = 64
@@ -120,6 +120,8 @@ def save(folder: str | os.PathLike, name: str, model: CLIP, config: dict, words:
     }
     paths.write(folder / f"{name}.safetensors", weights)
     paths.write(folder / f"{name}.json", (json.dumps(card, indent=1) + "\n").encode())
+    if folder == paths.WEIGHTS:
+        shipped.write()
     return sha256
 
 
@@ -137,6 +139,7 @@ def load(name_or_path: str | os.PathLike) -> Loaded:
     for file in (path, path.with_suffix(".json")):
         if not file.is_file():
             raise ValueError(f"{file} is missing: restore it or make it with `python -m upclose.train {path.stem}`")
+        shipped.checked(file)
     try:
         card = json.loads(path.with_suffix(".json").read_text())
         config, size = card["model_cfg"], card["preprocess_cfg"]
