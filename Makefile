@@ -39,6 +39,7 @@ test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
 
 test-all: test  ## the same, the slow tests, and nbval over solutions and ablations
 	$(BIN)/python -m pytest -m 'slow'
+	$(BIN)/python -m pytest --hypothesis-profile many tests/test_properties.py
 	$(NBVAL) notebooks/solutions $(OTHERS)
 
 bench: $(VENV)/.ready  ## benchmarks, as ratios measured in one run

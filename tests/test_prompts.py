@@ -240,6 +240,12 @@ def test_ensembles_are_as_long_as_clips_and_each_has_one_place_for_the_name():
     assert set(ensembles) <= {*registry.names(), "birdlets"}
 
 
+def test_marks_of_lists_go_however_many_there_are():
+    checked = prompts.lint({"tern": ["- 1) a beak", "\0* a tail"]}, ["tern"])
+    assert checked.sentences == {"tern": ["a beak", "a tail"]}
+    assert prompts.answer("* a beak\n* a tail") == prompts.answer("1. a beak\n2. a tail") == ["a beak", "a tail"]
+
+
 def test_question_and_answers_go_round():
     asked = prompts.question("blue tit")
     assert asked.count("Q: What are useful features for distinguishing a") == 3

@@ -466,14 +466,19 @@ def _note(findings: Sequence[Finding]) -> None:
 
 
 def _bare(row: str) -> str:
-    """A sentence without control characters, markdown, list marks and outer quotes."""
+    """A sentence without control characters, markdown, list marks and outer quotes, however many it had."""
     text = " ".join("".join(c if c.isprintable() else " " for c in row).split())
+    while (barer := _barer(text)) != text:
+        text = barer
+    return text
+
+
+def _barer(text: str) -> str:
     if not _CHAT.match(text):  # a rule of dashes is no list mark
-        for _ in range(2):  # bold around slanted
-            text = _BOLD.sub(lambda m: m[2] or m[4], text)
+        text = _BOLD.sub(lambda m: m[2] or m[4], text)
         text = _MARK.sub("", re.sub(r"\*{2,}", "", text))
     quoted = _QUOTED.match(text)
-    return next(filter(None, quoted.groups()), "") if quoted else text.strip()
+    return next(filter(None, quoted.groups()), "").strip() if quoted else text.strip()
 
 
 def _remark(text: str, name: str) -> str:

@@ -112,7 +112,7 @@ class Ragged:
         return x.index_select(0, self.owner)
 
     def _bags(self, x: Tensor, mode: str) -> Tensor:
-        return embedding_bag(self._column, x.flatten(1), self._start, mode=mode).view(-1, *x.shape[1:])
+        return embedding_bag(self._column, x.reshape(len(x), -1), self._start, mode=mode).view(-1, *x.shape[1:])
 
 
 def sinkhorn_ragged(
