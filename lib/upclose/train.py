@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from upclose import birdlets, paths, seeds
+from upclose import birdlets, checkpoint, paths, seeds
 from upclose.encode import tiny
 from upclose.encode.tiny import CLIP
 
@@ -214,7 +214,7 @@ def step_loss(model: CLIP, pixels: np.ndarray, tokens: np.ndarray) -> Tensor:
     return sum(losses) / 2
 
 
-def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | None = None, measure=None) -> list[dict]:
+def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, file: Path | None = None, measure=None) -> list[dict]:
     """Train a model in place.
 
     Args:
@@ -222,7 +222,7 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
         pool: what it sees
         recipe: how
         seed: of the order of the views and of their jitter
-        checkpoint: a file that is written every `KEEP` steps and from which an interrupted training goes on
+        file: the checkpoint, which is written every `KEEP` steps and from which an interrupted training goes on
         measure: called with the model every `KEEP` steps and at the end; its dictionary is added to the curve
 
     Returns:
@@ -230,9 +230,9 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
     """
     descent = optimizers(model, recipe)
     curve: list[dict] = []
-    if checkpoint is not None and checkpoint.is_file():
-        curve = _restore(checkpoint, model, descent)
-        print(f"  going on from step {curve[-1]['step']} ({checkpoint})", flush=True)
+    if file is not None and file.is_file():
+        curve = _restore(file, model, descent)
+        print(f"  going on from step {curve[-1]['step']} ({file})", flush=True)
     first, spent = (curve[-1]["step"], curve[-1]["minutes"]) if curve else (0, 0.0)
     started, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
@@ -254,32 +254,21 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, checkpoint: Path | N
             curve.append(row | (measure(model.eval()) if measure else {}))
             losses = []
             print("  " + ", ".join(f"{key} {value:.4g}" for key, value in curve[-1].items()), flush=True)
-            if checkpoint is not None:
-                _keep(checkpoint, model, descent, curve)
+            if file is not None:
+                _keep(file, model, descent, curve)
     return curve
 
 
-def _keep(checkpoint: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer], curve: list[dict]) -> None:
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    for o, optimizer in enumerate(descent):
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{o}.{i}.{key}": value for key, value in state.items()}
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
-    paths.write(checkpoint, save(tensors, metadata={"curve": json.dumps(curve)}))
+def _keep(file: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer], curve: list[dict]) -> None:
+    state = checkpoint.pack(model.state_dict(keep_vars=True), descent)
+    paths.write(file, save(state, metadata={"curve": json.dumps(curve)}))
 
 
-def _restore(checkpoint: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer]) -> list[dict]:
-    with safe_open(checkpoint, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        curve = json.loads(file.metadata()["curve"])
-    model.load_state_dict({key[6:]: tensors.pop(key) for key in list(tensors) if key.startswith("model.")})
-    for o, optimizer in enumerate(descent):
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            which, i, name = key.split(".")
-            if which == str(o):
-                state.setdefault(int(i), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _restore(file: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer]) -> list[dict]:
+    with safe_open(file, "pt") as kept:
+        state = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
+        curve = json.loads(kept.metadata()["curve"])
+    checkpoint.unpack(state, model.state_dict(keep_vars=True), descent)
     return curve
 
 
@@ -387,9 +376,9 @@ def train(name: str, recipe: Recipe, seed: int, folder: Path) -> dict:
     whole, words = name.endswith("whole"), birdlets.vocabulary()
     root = paths.cache() / "train"
     drawing = [*Path(birdlets.__file__).parent.glob("*.py")]
-    learning = [*drawing, Path(__file__), Path(tiny.__file__)]
+    learning = [*drawing, Path(__file__), Path(tiny.__file__), Path(checkpoint.__file__)]
     drawn = root / f"pool-{_key(drawing, recipe.pictures, seed, whole, tiny.BUCKETS, tiny.CONTEXT)}"
-    checkpoint = root / f"{name}-{_key(learning, recipe, seed, whole, tiny.CONFIG)}.safetensors"
+    kept = root / f"{name}-{_key(learning, recipe, seed, whole, tiny.CONFIG)}.safetensors"
     root.mkdir(parents=True, exist_ok=True)
     print(f"{name}: pictures in {drawn}", flush=True)
     pool = draw_pool(drawn, recipe.pictures, seed, whole)
@@ -402,7 +391,7 @@ def train(name: str, recipe: Recipe, seed: int, folder: Path) -> dict:
 
     print(f"{name}: {recipe.steps} steps on {len(pool.pixels):,} views", flush=True)
     model = tiny.build(tiny.CONFIG, words, seed)
-    curve = fit(model, pool, recipe, seed, checkpoint, measure)
+    curve = fit(model, pool, recipe, seed, kept, measure)
     sha256 = tiny.save(folder, name, model, tiny.CONFIG, words)
     results = {}
     for domain in birdlets.DOMAINS:
@@ -410,7 +399,7 @@ def train(name: str, recipe: Recipe, seed: int, folder: Path) -> dict:
         right = accuracies(tiny.load(folder / f"{name}.safetensors").model, pictures_of(data), data)
         results[domain] = (*(float(one.mean()) for one in right), len(data))
     paths.write(folder / f"{name}.md", model_card(name, recipe, seed, pool.minutes, curve, sha256, results).encode())
-    checkpoint.unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     return results
 
 

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from upclose.methods import lare, probe
+from upclose.methods import ensemble, lare, probe
 from upclose.seeds import generator
 
 N, V, D, C, SAMPLES, BATCH, ALPHA = 10_000, 2000, 512, 200, 5, 512, 0.9
-SEEDS = probe.SEEDS
+SEEDS = ensemble.SEEDS
 S = len(SEEDS)
 OPTIONS = dict(lr=1e-3, weight_decay=0.05)
 
@@ -143,14 +143,14 @@ def ready_steps(x: Tensor, y: Tensor, label: Tensor) -> tuple[list[Callable[[], 
     """Steps of stage 1 and of stage 2 on a minibatch that lies ready: ours of all seeds, plain ones of one seed."""
     rows, classes = x[:BATCH], y[:BATCH]
     many, every = rows.expand(S, -1, -1).contiguous(), classes.expand(S, -1)
-    single, network = layers(), probe.network(SEEDS, D, 2 * D, None, "floor", like=x)
-    layer, linear = torch.nn.Linear(D, C), probe.linear(SEEDS, D, C, "floor", like=x)
+    single, network = layers(), ensemble.network(SEEDS, D, 2 * D, None, "floor", like=x)
+    layer, linear = torch.nn.Linear(D, C), ensemble.linear(SEEDS, D, C, "floor", like=x)
 
     def our_loss() -> Tensor:
         return lare.objective(lare.corner_losses(network(many).unflatten(2, (2, -1)), label, every), ALPHA)
 
     def our_scores() -> Tensor:
-        return probe.cross_entropy(probe.affine(many, *linear), every) / BATCH
+        return ensemble.cross_entropy(ensemble.affine(many, *linear), every) / BATCH
 
     def stepping(parameters: object, loss: Callable[[], Tensor], **options: bool) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(parameters, **OPTIONS, **options)
@@ -191,7 +191,7 @@ def fetch_ours(rows: Tensor, y: Tensor) -> float:
     def work() -> None:
         order = torch.stack([torch.randperm(len(y), generator=generator(seed)) for seed in SEEDS])
         for index in order.split(BATCH, 1):
-            probe.take(rows, index), probe.take(y, index)
+            ensemble.take(rows, index), ensemble.take(y, index)
 
     return fastest(work, repeat=2)[0]
 

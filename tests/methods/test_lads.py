@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from upclose.methods import lads, probe
+from upclose.methods import ensemble, lads, probe
 from upclose.seeds import generator
 
 SEEDS = (3, 1, 7)
@@ -30,7 +30,7 @@ def test_fit_equals_a_plain_loop_over_seeds_and_images():
     d, options = 16, dict(epochs=3, batch_size=50, learning_rate=0.01, weight_decay=0.1)
     fitted = lads.augment(lads.fit(x, y, label, label, unseen, SEEDS, alpha=0.3, logit_scale=7.0, **options), x)
     for s, seed in enumerate(SEEDS):
-        start = probe.network([seed], d, d, None, "lads", like=x)
+        start = ensemble.network([seed], d, d, None, "lads", like=x)
         layers = torch.nn.Sequential(torch.nn.Linear(d, d // 2), torch.nn.ReLU(), torch.nn.Linear(d // 2, d)).to(x)
         with torch.no_grad():
             for parameter, value in zip(layers.parameters(), start):
@@ -123,7 +123,7 @@ def test_tensors_stay_on_their_device():
     with FakeTensorMode():
         x = torch.empty(6, 16, device="cuda")
         shapes = ((3, 16, 8), (3, 1, 8), (3, 8, 16), (3, 1, 16))
-        network = probe.Network(*(torch.empty(shape, device="cuda") for shape in shapes))
+        network = ensemble.Network(*(torch.empty(shape, device="cuda") for shape in shapes))
         moved = lads.augment(network, x)
         results = [moved, lads.domain_alignment_loss(x, network(x), torch.empty(6, 16, device="cuda"))]
         assert all(result.device.type == "cuda" for result in results)

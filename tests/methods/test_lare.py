@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from upclose.methods import lare, probe
+from upclose.methods import ensemble, lare, probe
 from upclose.seeds import generator
 
 SEEDS = (3, 1, 7)
@@ -74,7 +74,7 @@ def test_gradients_of_the_losses():
 def plain_network(x, y, label, alpha, seed, epochs, batch_size, learning_rate, weight_decay):
     """One seed: two layers, normalised corners, the equations."""
     d = x.shape[1]
-    start = probe.network([seed], d, 2 * d, None, "lare", like=x)
+    start = ensemble.network([seed], d, 2 * d, None, "lare", like=x)
     layers = torch.nn.Sequential(torch.nn.Linear(d, d // 2), torch.nn.ReLU(), torch.nn.Linear(d // 2, 2 * d)).to(x)
     with torch.no_grad():
         for parameter, value in zip(layers.parameters(), start):
@@ -301,7 +301,7 @@ def test_tensors_stay_on_their_device():
     with FakeTensorMode():
         x, label = torch.empty(6, 16, device="cuda"), torch.empty(5, 16, device="cuda")
         shapes = ((3, 16, 8), (3, 1, 8), (3, 8, 32), (3, 1, 32))
-        network = probe.Network(*(torch.empty(shape, device="cuda") for shape in shapes))
+        network = ensemble.Network(*(torch.empty(shape, device="cuda") for shape in shapes))
         boxes = lare.f_box(network, x)
         y = torch.empty(3, 6, dtype=torch.int64, device="cuda")
         generators = [torch.Generator() for _ in range(3)]  # of the CPU: the same points on every device

@@ -86,12 +86,6 @@ def test_exponents_find_a_power_law_and_cover_it():
         lgca_theorem.exponents(n[:3], m[:3], n[:3])
 
 
-def test_seconds_is_a_median_and_calls_once_more_than_it_times():
-    calls = []
-    assert lgca_theorem.seconds(lambda: calls.append(0), repeats=3) >= 0
-    assert len(calls) == 4
-
-
 def test_encodings_as_the_classes_grow():
     selected = torch.zeros(2, 3, 2, 4, dtype=torch.bool)
     selected[:, :, 0] = True

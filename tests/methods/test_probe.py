@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from upclose.methods import probe
+from upclose.methods import ensemble, probe
 from upclose.seeds import generator
 
 SEEDS = (3, 1, 7)
@@ -19,7 +19,7 @@ def world(n=120, d=16, classes=5, dtype=torch.float64, seed=0):
 def plain_fit(x, y, x_val, y_val, seed, epochs, batch_size, learning_rate, weight_decay):
     """One seed, one layer, one minibatch at a time."""
     classes = int(max(y.max(), y_val.max())) + 1
-    weight, bias = probe.linear([seed], x.shape[1], classes, "probe", like=x)
+    weight, bias = ensemble.linear([seed], x.shape[1], classes, "probe", like=x)
     layer = torch.nn.Linear(x.shape[1], classes, dtype=x.dtype)
     with torch.no_grad():
         layer.weight.copy_(weight[0].T)
@@ -114,16 +114,6 @@ def test_a_class_with_no_or_one_image(images):
     assert fitted.weight.isfinite().all()
 
 
-def test_affine_and_its_gradients():
-    x, weight, bias = (
-        torch.randn(shape, generator=generator(0), dtype=torch.float64, requires_grad=True)
-        for shape in ((3, 4, 5), (3, 5, 2), (3, 1, 2))
-    )
-    torch.testing.assert_close(probe.affine(x, weight, bias), torch.baddbmm(bias, x, weight))
-    assert torch.autograd.gradcheck(probe.affine, (x, weight, bias))
-    assert torch.autograd.gradcheck(probe.affine, (x[:1].detach().expand(3, -1, -1), weight, bias))
-
-
 def test_predict_is_the_argmax_of_scores_and_chunks_do_not_matter(monkeypatch):
     x, y = world(50)
     fitted = probe.fit(x, y, x, y, SEEDS, epochs=2)
@@ -200,13 +190,13 @@ def test_tensors_stay_on_their_device():
         x, y = torch.empty(3, 6, 16, device="cuda"), torch.empty(3, 6, dtype=torch.int64, device="cuda")
         weight, bias = torch.empty(3, 16, 5, device="cuda"), torch.empty(3, 1, 5, device="cuda")
         fitted = probe.Probe(weight, bias, y[:, 0], y[:, 0])
-        rows = probe.take(x, y)
+        rows = ensemble.take(x, y)
         results = [
             rows,
-            probe.take(x[0], y),
+            ensemble.take(x[0], y),
             probe.predict(fitted, x[0]),
-            probe.cross_entropy(probe.scores(fitted, rows), y),
-            *probe.linear([0, 1, 2], 16, 5, "probe", like=x),
+            ensemble.cross_entropy(probe.scores(fitted, rows), y),
+            *ensemble.linear([0, 1, 2], 16, 5, "probe", like=x),
         ]
         assert all(result.device.type == "cuda" for result in results)
 
@@ -227,15 +217,6 @@ def test_samples_stand_after_their_original():
             assert hard[4 * i : 4 * i + 4].tolist() == [y[i]] * 4
             assert torch.equal(soft[s, 4 * i], F.one_hot(y[i], 3).double())
             assert torch.equal(soft[s, 4 * i + 1 : 4 * i + 4], target[s, i])
-
-
-def test_layers_start_uniform_and_apart():
-    part = 20 * torch.cat(probe.linear([0], 400, 300, "key", like=torch.empty(0)), 1)
-    assert part.abs().max() <= 1
-    assert abs(part.mean()) < 0.01
-    assert abs(part.var() - 1 / 3) < 0.005
-    square = probe.network([0], 8, 8, 8, "key", like=torch.empty(0))
-    assert not torch.equal(square.weight_in, square.weight_out)
 
 
 def test_there_may_be_classes_without_a_row():

@@ -12,7 +12,7 @@
     gamma                    weight of a pseudo-label, eq. 16
     p_A(x)          (C,)     softmax of the student's cosines with Z*; p_bar its moving average
 
-The rows of the paper's tables are `ROWS`.
+The paper's settings are `Settings`, the rows of its tables `rows`.
 
 Source: Ali et al. 2025, "Towards fine-grained adaptation of CLIP via a self-trained alignment score"
 (arXiv 2507.09615), equations by number, Algorithm 1.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,16 +31,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, log_softmax, nll_loss, normalize
-from torch.nn.utils import parametrize
 from torchvision.transforms import v2
 
-from upclose import crops, seeds
+from upclose import checkpoint, crops, seeds
+from upclose.checkpoint import State
 from upclose.features import Dataset, Text, Views
 from upclose.methods import wca
 from upclose.methods.entry import Method
-
-Tuning = Literal["layernorm", "lora", "k-adaptation"]
-State = dict[str, Tensor]
+from upclose.methods.tuning import Tuning, tune
 
 CHOICES = {
     "weak": ("crops", "resized"),
@@ -49,41 +46,96 @@ CHOICES = {
     "classifier": ("anchors", "descriptions", "mean"),
     "pseudo_weight": ("gap", "top", "none"),
     "gamma": ("raw", "batch"),
-    "tuning": ("layernorm", "lora", "k-adaptation"),
 }
 FIXED = {"descriptions": wca.class_means, "mean": Text.mean}
-KRONECKER = 4
-"""t, the number and side of K-Adaptation's shared matrices."""
-LORA_TARGETS = r".*mlp\.(c_fc|c_proj|fc1|fc2)"
-"""The names of the layers that LoRA adds to: the two matrices of every MLP of open_clip's or timm's ViT."""
 
-_WCA = dict(crop_weights="softmax", classifier="descriptions", pseudo_weight="none")
-ROWS: dict[str, dict] = {
-    "FAIR": {},  # Tables 1-10; learning_rate=1e-6 on Food-101 and SUN397
-    "FAIR-LN": {},  # Table 10's name for it
-    "FAIR w/o LAS": dict(classifier="descriptions"),
-    "FAIR w/o PL weight": dict(pseudo_weight="none"),
-    "FAIR-g": dict(weak="resized", classifier="mean", pseudo_weight="none"),
-    "FAIR-g + LAS": dict(weak="resized", pseudo_weight="none"),
-    "FAIR-g + LAS + PL weight": dict(weak="resized"),
-    "WCA as PL": dict(k=None, **_WCA),
-    "WCA as PL + Crop Selection": _WCA,
-    "WCA as PL + [CLS]-based crop weights": dict(k=None, **_WCA | dict(crop_weights="cls")),
-    "WCA as PL + Interaction w/ CDA (LAS)": dict(k=None, **_WCA | dict(classifier="anchors")),
-    "neither factor": dict(pseudo_weight="none"),  # Table 5
-    "S_i only": dict(pseudo_weight="top"),
-    "S_i and |S_i - S_j|": {},
-    "FAIR (w/ WCA PL)": dict(k=None, **_WCA | dict(pseudo_weight="gap")),  # Table 7
-    "FAIR-g (Table 7)": dict(weak="resized", classifier="mean"),
-    "FAIR-LoRA": dict(tuning="lora"),  # Table 10
-    "FAIR-KAdaptation": dict(tuning="k-adaptation"),
-    "FAIR (batch gamma)": dict(gamma="batch"),  # ours
-}
-"""Rows of the paper's tables, by their published names, as arguments of `adapt`.
 
-In Table 3 each row below "WCA as PL" adds one thing to it ("combining all three" is FAIR w/o PL weight). "FAIR-g"
-stands in two tables: Table 7's has the weight of pseudo-labels, Table 3's has not.
-"""
+class Settings(NamedTuple):
+    """How FAIR adapts; the defaults are the paper's. A row of its tables is `_replace` of some of them, see `rows`.
+
+    Attributes:
+        n: N, crops an image
+        k: crops that count; None is all
+        crop_scale: (alpha, beta), the share of the short side
+        weak: "crops": of the centre square; "resized": one RandomResizedCrop instead, the whole view (FAIR-g)
+        crop_weights: "cls" is eq. 12; "softmax" is WCA's eq. 8
+        classifier: what the crops are compared with: "anchors" Z*; "descriptions" WCA's eqs. 9 and 10, fixed; "mean"
+            CuPL's eq. 5, fixed. The student trains Z* in any case
+        pseudo_weight: form of gamma, see `pseudo_label_weights`
+        gamma: "raw" is eq. 16; "batch" divides by the mean over the batch
+        shared: pseudo-labels from the encoder as it is adapted; False: from the encoder as it was given. The anchors
+            that its crops are compared with are the adapted Z* in both cases
+        logit_scale: multiplies the student's cosines before the softmax; None is the model's own
+        momentum: m of p_bar <- m p_bar + (1 - m) mean of the batch's p_A(x); uniform at the start
+        tuning: see `tuning.tune`
+        rank: see `tuning.tune`
+        epochs: MaxEpochs
+        batch_size: images a step; the last batch of an epoch may be smaller
+        learning_rate: of AdamW, at the start of a cosine that ends at 0 (1e-6 on Food-101 and SUN397)
+        weight_decay: of AdamW, for all that is trained
+        seed: of the order, the crops and the augmentations
+    """
+
+    n: int = 16
+    k: int | None = 4
+    crop_scale: tuple[float, float] = (0.5, 0.9)
+    weak: Literal["crops", "resized"] = "crops"
+    crop_weights: Literal["cls", "softmax"] = "cls"
+    classifier: Literal["anchors", "descriptions", "mean"] = "anchors"
+    pseudo_weight: Literal["gap", "top", "none"] = "gap"
+    gamma: Literal["raw", "batch"] = "raw"
+    shared: bool = True
+    logit_scale: float | None = None
+    momentum: float = 0.9
+    tuning: Tuning = "layernorm"
+    rank: int = 4
+    epochs: int = 15
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+PAPER = Settings()
+
+
+def rows(base: Settings = PAPER) -> dict[str, Settings]:
+    """The rows of the paper's tables, by their published names.
+
+    In Table 3 each row below "WCA as PL" adds one thing to it ("combining all three" is FAIR w/o PL weight). "FAIR-g"
+    stands in two tables: Table 7's has the weight of pseudo-labels, Table 3's has not.
+
+    Args:
+        base: what a row does not say
+
+    Source:
+        Tables 1-10; "FAIR (batch gamma)" is ours.
+    """
+    by_wca = base._replace(k=None, crop_weights="softmax", classifier="descriptions", pseudo_weight="none")
+    return {
+        "FAIR": base,
+        "FAIR-LN": base,  # Table 10's name for it
+        "FAIR w/o LAS": base._replace(classifier="descriptions"),
+        "FAIR w/o PL weight": base._replace(pseudo_weight="none"),
+        "FAIR-g": base._replace(weak="resized", classifier="mean", pseudo_weight="none"),
+        "FAIR-g + LAS": base._replace(weak="resized", pseudo_weight="none"),
+        "FAIR-g + LAS + PL weight": base._replace(weak="resized"),
+        "WCA as PL": by_wca,
+        "WCA as PL + Crop Selection": by_wca._replace(k=base.k),
+        "WCA as PL + [CLS]-based crop weights": by_wca._replace(crop_weights="cls"),
+        "WCA as PL + Interaction w/ CDA (LAS)": by_wca._replace(classifier="anchors"),
+        "neither factor": base._replace(pseudo_weight="none"),  # Table 5
+        "S_i only": base._replace(pseudo_weight="top"),
+        "S_i and |S_i - S_j|": base,
+        "FAIR (w/ WCA PL)": by_wca._replace(pseudo_weight="gap"),  # Table 7
+        "FAIR-g (Table 7)": base._replace(weak="resized", classifier="mean"),
+        "FAIR-LoRA": base._replace(tuning="lora"),  # Table 10
+        "FAIR-KAdaptation": base._replace(tuning="k-adaptation"),
+        "FAIR (batch gamma)": base._replace(gamma="batch"),
+    }
+
+
+ROWS = rows()
 
 
 class History(NamedTuple):
@@ -243,100 +295,17 @@ def strong_augmentation(size: int) -> Callable[[Tensor], Tensor]:
     return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment()])
 
 
-def tune(visual: nn.Module, tuning: Tuning = "layernorm", rank: int = 4, seed: int = 0) -> dict[str, nn.Parameter]:
-    """Freeze an image tower, in place, but for what a way of tuning trains.
-
-    Args:
-        visual: an open_clip image tower
-        tuning: "layernorm": the affine parameters of all LayerNorms. "lora": low-rank additions to the two matrices of
-            every MLP, by the peft library. "k-adaptation": sum_s A_s (x) u_s v_s^T added to the query and value
-            matrices of every block, A shared between the blocks
-        rank: of LoRA's matrices, and of u_s v_s^T
-        seed: of the additions' initial values; the tower computes the same as before
-
-    Returns:
-        name -> parameter, all that is trained in the tower
-
-    Raises:
-        ValueError: an unknown tuning, rank < 1, or a tower that has nothing that it could train
-        ImportError: "lora" without peft
-
-    Source:
-        Section 4, "we focus on fine-tuning the layer-normalization weights"; Figure 9 and Table 10. Hu et al. 2022
-        (LoRA); He et al. 2023 (K-Adaptation, arXiv 2203.16329).
-
-    Deviates:
-        The paper does not say where its LoRA and K-Adaptation sit, nor their sizes. LoRA: the MLPs, since open_clip
-        packs query, key and value in one parameter that is no Linear layer; lora_alpha = rank. K-Adaptation: query and
-        value, t = `KRONECKER` matrices of side t.
-    """
-    _check_choices(tuning=tuning)
-    if rank < 1:
-        raise ValueError(f"rank={rank}: LoRA and K-Adaptation add matrices of rank 1 or more")
-    visual.requires_grad_(False)
-    if tuning == "layernorm":
-        for module in visual.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.requires_grad_(True)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seeds.derive(seed, tuning))
-            _add_lora(visual, rank) if tuning == "lora" else _add_kronecker(visual, rank)
-    found = {name: weight for name, weight in visual.named_parameters() if weight.requires_grad}
-    if not found:
-        raise ValueError(f"tuning={tuning!r} finds nothing to train in a {type(visual).__name__}: take a ViT")
-    return found
-
-
-def peak_memory(function: Callable[[], object], device: torch.device) -> float:
-    """The most memory that a call holds at once beyond what was held before, in MiB.
-
-    Source:
-        Figures 2 and 10 (on a GPU). On a CPU torch's profiler counts what torch allocates in this thread.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        function()
-        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = most = 0
-    for _, size in moves:
-        held += size
-        most = max(most, held)
-    return most / 2**20
-
-
 def adapt(
     encoder,
     dataset: Dataset,
     text: Text,
+    settings: Settings = PAPER,
     *,
-    n: int = 16,
-    k: int | None = 4,
-    crop_scale: tuple[float, float] = (0.5, 0.9),
-    weak: Literal["crops", "resized"] = "crops",
-    crop_weights: Literal["cls", "softmax"] = "cls",
-    classifier: Literal["anchors", "descriptions", "mean"] = "anchors",
-    pseudo_weight: Literal["gap", "top", "none"] = "gap",
-    gamma: Literal["raw", "batch"] = "raw",
-    shared: bool = True,
-    logit_scale: float | None = None,
-    momentum: float = 0.9,
-    tuning: Tuning = "layernorm",
-    rank: int = 4,
     strong: Callable[[Tensor], Tensor] | None = None,
-    epochs: int = 15,
-    batch_size: int = 32,
-    learning_rate: float = 1e-4,
-    weight_decay: float = 0.01,
-    seed: int = 0,
     pseudo_label: Callable[[Tensor], Tensor] | None = None,
     state: State | None = None,
     on_epoch: Callable[[State], None] | None = None,
+    **changes,
 ) -> Adapted:
     """FAIR self-training on the images of a data set, whose labels are never read.
 
@@ -349,38 +318,21 @@ def adapt(
         dataset: the unlabelled images, loaded anew each epoch, the next batch by a thread while the encoder works. One
             that cannot be read is left out with a warning that names it
         text: of its C >= 2 classes; the descriptions make Z*
-        n: N, crops an image
-        k: crops that count; None is all
-        crop_scale: (alpha, beta), the share of the short side
-        weak: "crops": of the centre square; "resized": one RandomResizedCrop instead, the whole view (FAIR-g)
-        crop_weights: "cls" is eq. 12; "softmax" is WCA's eq. 8
-        classifier: what the crops are compared with: "anchors" Z*; "descriptions" WCA's eqs. 9 and 10, fixed; "mean"
-            CuPL's eq. 5, fixed. The student trains Z* in any case
-        pseudo_weight: form of gamma, see `pseudo_label_weights`
-        gamma: "raw" is eq. 16; "batch" divides by the mean over the batch
-        shared: pseudo-labels from the encoder as it is adapted; False: from the encoder as it was given. The anchors
-            that its crops are compared with are the adapted Z* in both cases
-        logit_scale: multiplies the student's cosines before the softmax; None is the model's own
-        momentum: m of p_bar <- m p_bar + (1 - m) mean of the batch's p_A(x); uniform at the start
-        tuning: see `tune`
-        rank: see `tune`
+        settings: the paper's, or one of `rows`
         strong: A(x), uint8 (3, H, W) -> (3, S, S), random by torch's global generator; None is `strong_augmentation`
-        epochs: MaxEpochs
-        batch_size: images a step; the last batch of an epoch may be smaller
-        learning_rate: of AdamW, at the start of a cosine that ends at 0 (1e-6 on Food-101 and SUN397)
-        weight_decay: of AdamW, for all that is trained
-        seed: of the order, the crops and the augmentations
         pseudo_label: labels from elsewhere, (b,) int64 indices of images -> (b,) int64; nothing is then computed
             without gradient, and gamma is 1
         state: what `on_epoch` was given last; training goes on from there
         on_epoch: called after each epoch with all that it takes to go on: a dict of tensors on the CPU, which
             `safetensors.torch.save_file` writes as it is
+        changes: fields of `settings` to replace, such as epochs=3
 
     Returns:
         the adapted copy, Z* and the history of all epochs
 
     Raises:
         ValueError: an argument out of range, k > N, fewer than two classes, no images that can be read,
+            a setting that there is not,
             another number of classes than the data set has, text of another encoder's dimensions, an encoder in fp16,
             a pseudo-label that is no class, a strong view of another size, a state of other arguments
         ImportError: tuning="lora" without peft
@@ -409,63 +361,66 @@ def adapt(
         - AdamW's betas and weight decay are torch's; a cosine without warm-up.
         - "The pseudo-labeling branch shares parameters with the fine-tuned model" is the default (`shared`).
     """
-    view = (n, k, crop_scale, weak, crop_weights)
-    settings = (*view, classifier, pseudo_weight, gamma, shared, logit_scale, momentum)
-    settings += (tuning, rank, epochs, batch_size, learning_rate, weight_decay, strong is None, pseudo_label is None)
-    _check_choices(
-        weak=weak, crop_weights=crop_weights, classifier=classifier, pseudo_weight=pseudo_weight, gamma=gamma
-    )
-    _check_problem(encoder, dataset, text, n, k, momentum, epochs, batch_size)
+    settings = settings._replace(**changes)
+    _check_problem(encoder, dataset, text, settings)
     classes, device = len(text.label), encoder.device
     student = _copy(encoder)
-    teacher = student if shared else encoder
+    teacher = student if settings.shared else encoder
     anchors = nn.Parameter(normalize(text.mean(), dim=-1).to(device))
-    tuned = tune(student.visual, tuning, rank, seed)
+    tuned = tune(student.visual, settings.tuning, rank=settings.rank, seed=settings.seed)
     trained = {"anchors": anchors, **{f"visual.{name}": weight for name, weight in tuned.items()}}
-    optimizer = torch.optim.AdamW(trained.values(), learning_rate, weight_decay=weight_decay)
-    fixed = None if classifier == "anchors" else FIXED[classifier](text).to(device)
-    strong = strong or strong_augmentation(encoder.image_size)
-    logit_scale = encoder.logit_scale if logit_scale is None else logit_scale
+    optimizer = torch.optim.AdamW(trained.values(), settings.learning_rate, weight_decay=settings.weight_decay)
+    fixed = None if settings.classifier == "anchors" else FIXED[settings.classifier](text).to(device)
 
-    run = _run(encoder, dataset, text, seed, *settings)
+    run = _run(encoder, dataset, text, *settings, strong is None, pseudo_label is None)
+    strong = strong or strong_augmentation(encoder.image_size)
     log_average, history = torch.full((classes,), -math.log(classes), device=device), _no_history(len(dataset))
     if state is not None:
         log_average, history = _resume(state, run, trained, optimizer)
-    steps = math.ceil(len(dataset) / batch_size)
-    for epoch in range(len(history.fairness), epochs):
-        order = torch.from_numpy(seeds.rng(seed, "order", epoch).permutation(len(dataset)))
-        read, labels, confidences, losses = [], [], [], []
-        for step, (index, pictures) in enumerate(_batches(dataset, order, batch_size)):
+    steps = math.ceil(len(dataset) / settings.batch_size)
+    for epoch in range(len(history.fairness), settings.epochs):
+        order = torch.from_numpy(seeds.rng(settings.seed, "order", epoch).permutation(len(dataset)))
+        batches = []
+        for step, (index, pictures) in enumerate(_batches(dataset, order, settings.batch_size)):
             if not pictures:
                 continue
             keys = [dataset.key[i] for i in index.tolist()]
             if pseudo_label is None:
-                target = normalize(anchors.detach(), dim=-1) if fixed is None else fixed
-                psi = _teach(teacher, pictures, keys, target, seeds.derive(seed, "weak", epoch), *view)
-                label, confidence = psi.argmax(-1), pseudo_label_weights(psi, form=pseudo_weight)
+                classifier = normalize(anchors.detach(), dim=-1) if fixed is None else fixed
+                psi = _teach(teacher, pictures, keys, classifier, seeds.derive(settings.seed, "weak", epoch), settings)
+                label, weight = psi.argmax(-1), pseudo_label_weights(psi, form=settings.pseudo_weight)
             else:
                 label = _given(pseudo_label, index, classes).to(device)
-                confidence = torch.ones(len(index), device=device)
-            share = confidence / confidence.mean().clamp_min(1e-30) if gamma == "batch" else confidence
-
-            x = _strong_views(pictures, keys, strong, seeds.derive(seed, "strong", epoch), student)
-            log_p = log_softmax(logit_scale * student.features(x) @ normalize(anchors, dim=-1).mT, dim=-1)
-            log_average = moving_average(log_average, log_p, momentum)
-            self_training, fairness = self_training_loss(log_p, label, share), fairness_loss(log_average)
-
-            done = (epoch * steps + step) / (epochs * steps)
-            optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * done)) / 2
-            optimizer.zero_grad()
-            (self_training + fairness).backward()
-            optimizer.step()
-            read.append(index)
-            labels.append(label)
-            confidences.append(confidence)
-            losses.append(torch.stack([self_training, fairness]).detach())
-        history = _extend(history, read, labels, confidences, losses)
+                weight = torch.ones(len(index), device=device)
+            x = _strong_views(pictures, keys, strong, seeds.derive(settings.seed, "strong", epoch), student)
+            done = (epoch * steps + step) / (settings.epochs * steps)
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+            log_average, losses = _descend(student, anchors, optimizer, x, label, weight, log_average, settings)
+            batches.append((index, label, weight, losses))
+        history = _extend(history, batches)
         if on_epoch is not None:
-            on_epoch(_state(run, trained, optimizer, log_average, history))
+            kept = {"run": run, "log_average": log_average} | {f"history.{k}": v for k, v in history._asdict().items()}
+            on_epoch(checkpoint.pack(trained, [optimizer], **kept))
     return Adapted(student, normalize(anchors.detach(), dim=-1), history)
+
+
+def _descend(
+    student, anchors: Tensor, optimizer, x: Tensor, label: Tensor, weight: Tensor, log_average: Tensor, settings
+) -> tuple[Tensor, Tensor]:
+    """One step: lines 26-30 of Algorithm 1 for strong views x (B, 3, S, S). Nothing is read back from the device.
+
+    Returns:
+        log p_bar (C,) after the batch, and (2,): L_st and L_reg
+    """
+    scale = student.logit_scale if settings.logit_scale is None else settings.logit_scale
+    log_p = log_softmax(scale * student.features(x) @ normalize(anchors, dim=-1).mT, dim=-1)
+    log_average = moving_average(log_average, log_p, settings.momentum)
+    gamma = weight / weight.mean().clamp_min(1e-30) if settings.gamma == "batch" else weight
+    losses = torch.stack([self_training_loss(log_p, label, gamma), fairness_loss(log_average)])
+    optimizer.zero_grad()
+    losses.sum().backward()
+    optimizer.step()
+    return log_average, losses.detach()
 
 
 def _copy(encoder):
@@ -502,9 +457,7 @@ def _batches(dataset: Dataset, order: Tensor, batch_size: int) -> Iterator[tuple
 
 def _alignment(views: Views, classifier: Tensor, k: int | None, crop_weights: str) -> Tensor:
     """Eq. 14 with a (C, D) classifier that need not have unit norm: (B, C) float32."""
-    n = views.crop.shape[1]
-    if not 1 <= (n if k is None else k) <= n:
-        raise ValueError(f"k={k} crops cannot be selected from N={n}: choose 1 <= k <= N, or None for all")
+    _check_selection(k, views.crop.shape[1])
     if crop_weights == "cls" and (views.image_cls is None or views.crop_cls is None):
         raise ValueError("the views hold no [CLS] tokens, which eq. 12 compares: encode them with cls=True (Plan.cls)")
     w = weights(views.image_cls, views.crop_cls) if crop_weights == "cls" else wca.image_weights(views)
@@ -515,18 +468,20 @@ def _alignment(views: Views, classifier: Tensor, k: int | None, crop_weights: st
 
 
 @torch.no_grad()
-def _teach(teacher, pictures, keys, classifier, seed, n, k, crop_scale, weak, crop_weights) -> Tensor:
+def _teach(teacher, pictures, keys, classifier: Tensor, seed: int, settings: Settings) -> Tensor:
     """Psi of the weak views, (B, C); all of a batch is one call of the encoder."""
-    if weak == "resized":
+    if settings.weak == "resized":
         box = [crops.sample_area_boxes(*x.shape[1:], 1, (0.08, 1.0), seed, key) for x, key in zip(pictures, keys)]
         return teacher.encode_crops(pictures, torch.stack(box))[:, 0] @ classifier.mT
-    box = torch.stack([weak_boxes(*x.shape[1:], n, crop_scale, seed, key) for x, key in zip(pictures, keys)])
-    if crop_weights == "softmax":
+    drawn = (settings.n, settings.crop_scale, seed)
+    box = torch.stack([weak_boxes(*x.shape[1:], *drawn, key) for x, key in zip(pictures, keys)])
+    if settings.crop_weights == "softmax":
         feature = teacher.encode_crops(pictures, box)
-        return _alignment(Views(feature[:, 0], feature[:, 1:]), classifier, k, crop_weights)
-    feature, cls = teacher.encode_crops(pictures, box, cls=True)
-    views = Views(feature[:, 0], feature[:, 1:], None, cls[:, 0], cls[:, 1:])
-    return _alignment(views, classifier, k, crop_weights)
+        views = Views(feature[:, 0], feature[:, 1:])
+    else:
+        feature, cls = teacher.encode_crops(pictures, box, cls=True)
+        views = Views(feature[:, 0], feature[:, 1:], None, cls[:, 0], cls[:, 1:])
+    return _alignment(views, classifier, settings.k, settings.crop_weights)
 
 
 def weak_boxes(height: int, width: int, n: int, scale: tuple[float, float], seed: int, key: str) -> Tensor:
@@ -558,87 +513,40 @@ def _given(pseudo_label: Callable[[Tensor], Tensor], index: Tensor, classes: int
     return label.long()
 
 
-class _Kronecker(nn.Module):
-    """W_qkv (3W, W) -> the same with sum_s A_s (x) u_s v_s^T added to W_q and W_v; 0 at the start."""
-
-    def __init__(self, shared: nn.Parameter, width: int, rank: int):
-        super().__init__()
-        t, side = len(shared), width // len(shared)
-        self.shared = shared
-        self.u = nn.Parameter(torch.zeros(2, t, side, rank))
-        self.v = nn.Parameter(torch.randn(2, t, rank, side) / math.sqrt(side))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        query, key, value = weight.chunk(3)
-        delta = torch.einsum("sab,psmr,psrn->pambn", self.shared, self.u, self.v).reshape(2, *query.shape)
-        return torch.cat([query + delta[0], key, value + delta[1]])
-
-
-def _add_kronecker(visual: nn.Module, rank: int) -> None:
-    layers = [m for m in visual.modules() if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
-    shared = nn.Parameter(torch.randn(KRONECKER, KRONECKER, KRONECKER) / KRONECKER)
-    for layer in layers:
-        if layer.embed_dim % KRONECKER:
-            raise ValueError(f"k-adaptation needs a width that {KRONECKER} divides, not {layer.embed_dim}")
-        addition = _Kronecker(shared, layer.embed_dim, rank).to(layer.in_proj_weight.device)
-        parametrize.register_parametrization(layer, "in_proj_weight", addition)
-
-
-def _add_lora(visual: nn.Module, rank: int) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError('tuning="lora" uses the peft library: install it with `pip install peft`') from error
-    if any(re.fullmatch(LORA_TARGETS, name) for name, _ in visual.named_modules()):
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), visual)
-
-
 def _no_history(n: int) -> History:
     return History(torch.empty(0), torch.empty(0), torch.empty(0, n, dtype=torch.int64), torch.empty(0, n))
 
 
-def _extend(history: History, read: list, labels: list, confidences: list, losses: list) -> History:
-    if not read:
+def _extend(history: History, batches: list[tuple[Tensor, ...]]) -> History:
+    """The history with one more epoch: (index, label, weight, losses) of each batch."""
+    if not batches:
         raise ValueError("none of the pictures can be read: see the warnings")
+    index, label, weight, losses = zip(*batches)
     loss = torch.stack(losses).mean(0).cpu()
     if not loss.isfinite().all():
         raise FloatingPointError(
             f"the losses of epoch {len(history.fairness) + 1} are {loss.tolist()}: lower learning_rate, or fp32"
         )
-    index, n = torch.cat(read), history.weight.shape[1]
-    label = torch.full((1, n), -1).index_copy(1, index, torch.cat(labels).cpu()[None])
-    weight = torch.zeros(1, n).index_copy(1, index, torch.cat(confidences).cpu()[None])
+    index, n = torch.cat(index), history.weight.shape[1]
+    label = torch.full((1, n), -1).index_copy(1, index, torch.cat(label).cpu()[None])
+    weight = torch.zeros(1, n).index_copy(1, index, torch.cat(weight).cpu()[None])
     return History(*(torch.cat(pair) for pair in zip(history, (loss[:1], loss[1:], label, weight))))
 
 
-def _run(encoder, dataset: Dataset, text: Text, seed: int, *settings: object) -> Tensor:
+def _run(encoder, dataset: Dataset, text: Text, *settings: object) -> Tensor:
     """(1,) int64, a hash of all that decides the result of a run."""
     sentences = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in text)).hexdigest()
-    return torch.tensor([seeds.derive(seed, encoder.fingerprint, dataset.fingerprint, sentences, *settings)])
+    return torch.tensor([seeds.derive(0, encoder.fingerprint, dataset.fingerprint, sentences, *settings)])
 
 
-def _state(run: Tensor, trained: dict, optimizer, log_average: Tensor, history: History) -> State:
-    found = {"run": run, "log_average": log_average, **{f"history.{k}": v for k, v in history._asdict().items()}}
-    for name, weight in trained.items():
-        found[f"weight.{name}"] = weight
-        found |= {f"{fact}.{name}": value for fact, value in optimizer.state[weight].items()}
-    return {key: value.detach().clone().cpu().contiguous() for key, value in found.items()}
-
-
-@torch.no_grad()
-def _resume(state: State, run: Tensor, trained: dict, optimizer) -> tuple[Tensor, History]:
+def _resume(state: State, run: Tensor, trained: dict[str, Tensor], optimizer) -> tuple[Tensor, History]:
     """Put a state back where it was; the logarithm of its moving average and its history."""
     if "run" not in state or not torch.equal(state["run"], run):
         raise ValueError(
             "the state belongs to a run with other weights, images, sentences or arguments: "
             "call adapt as that run was called, or start anew with state=None"
         )
-    moments = {}
-    for i, (name, weight) in enumerate(trained.items()):
-        weight.copy_(state[f"weight.{name}"])
-        facts = ("step", "exp_avg", "exp_avg_sq")
-        moments[i] = {fact: state[f"{fact}.{name}"].clone() for fact in facts if f"{fact}.{name}" in state}
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    checkpoint.unpack(state, trained, [optimizer])
     history = History(*(state[f"history.{field}"] for field in History._fields))
     return state["log_average"].to(trained["anchors"].device), history
 
@@ -649,7 +557,15 @@ def _check_choices(**chosen: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, not {value!r}")
 
 
-def _check_problem(encoder, dataset, text, n, k, momentum, epochs, batch_size) -> None:
+def _check_selection(k: int | None, n: int) -> None:
+    if n < 1 or (k is not None and not 1 <= k <= n):
+        raise ValueError(f"k={k} crops cannot be selected from N={n}: choose 1 <= k <= N, or None for all")
+
+
+def _check_problem(encoder, dataset: Dataset, text: Text, settings: Settings) -> None:
+    _check_choices(**{name: getattr(settings, name) for name in CHOICES})
+    _check_selection(settings.k, settings.n)
+    momentum, epochs, batch_size = settings.momentum, settings.epochs, settings.batch_size
     if len(text.label) < 2:
         raise ValueError(f"{len(text.label)} class: FAIR compares the two best, so give it at least two")
     if len(text.label) != len(dataset.class_names):
@@ -658,8 +574,6 @@ def _check_problem(encoder, dataset, text, n, k, momentum, epochs, batch_size) -
         raise ValueError(f"text has {text.label.shape[1]} dimensions but the encoder has {encoder.dim}: embed it anew")
     if len(dataset) == 0:
         raise ValueError(f"{dataset.name} has no images to adapt to")
-    if n < 1 or (k is not None and not 1 <= k <= n):
-        raise ValueError(f"k={k} crops cannot be selected from N={n}: choose 1 <= k <= N, or None for all")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), not {momentum}: with 1 the fairness loss has no gradient")
     if epochs < 1 or batch_size < 1:

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from upclose.methods import probe
+from upclose.methods import ensemble
+from upclose.methods.ensemble import SEEDS, Network
 from upclose.methods.entry import Method, whole
-from upclose.methods.probe import Network
 
 
 def fit(
@@ -30,7 +30,7 @@ def fit(
     label: Tensor,
     text_train: Tensor,
     text_unseen: Tensor,
-    seeds: Sequence[int] = probe.SEEDS,
+    seeds: Sequence[int] = SEEDS,
     *,
     alpha: float = 0.5,
     epochs: int = 100,
@@ -81,11 +81,11 @@ def fit(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: it weighs domain alignment against class consistency, from 0 to 1")
-    x = probe.check_embeddings(x, "x")
-    label = probe.check_embeddings(label, "label", C=None, D=x.shape[1]).to(x.dtype)
-    probe.check_labels(y, len(label), "y", len(x))
+    x = ensemble.check_embeddings(x, "x")
+    label = ensemble.check_embeddings(label, "label", C=None, D=x.shape[1]).to(x.dtype)
+    ensemble.check_labels(y, len(label), "y", len(x))
     text_train, text_unseen = (
-        probe.check_embeddings(
+        ensemble.check_embeddings(
             text.expand(len(label), -1) if text.ndim == 1 else text, name, C=len(label), D=x.shape[1]
         ).to(x.dtype)
         for text, name in ((text_train, "text_train"), (text_unseen, "text_unseen"))
@@ -95,15 +95,15 @@ def fit(
         c = int(equal.nonzero()[0])
         raise ValueError(f"text_train[{c}] equals text_unseen[{c}]: there is no direction to the unseen domain")
     direction = text_unseen - text_train
-    network = probe.network(seeds, x.shape[1], x.shape[1], hidden, "lads", like=x)
+    network = ensemble.network(seeds, x.shape[1], x.shape[1], hidden, "lads", like=x)
 
     def objective(index: Tensor) -> Tensor:
-        rows, classes = probe.take(x, index), y[index]
+        rows, classes = ensemble.take(x, index), y[index]
         moved = network(rows)
-        consistency = probe.cross_entropy(logit_scale * F.normalize(moved, dim=2) @ label.T, classes)
-        return alpha * domain_alignment_loss(rows, moved, probe.take(direction, classes)) + (1 - alpha) * consistency
+        consistency = ensemble.cross_entropy(logit_scale * F.normalize(moved, dim=2) @ label.T, classes)
+        return alpha * domain_alignment_loss(rows, moved, ensemble.take(direction, classes)) + (1 - alpha) * consistency
 
-    for _ in probe.train(network, objective, len(x), seeds, epochs, batch_size, learning_rate, weight_decay):
+    for _ in ensemble.train(network, objective, len(x), seeds, epochs, batch_size, learning_rate, weight_decay):
         pass
     return Network(*(part.detach() for part in network))
 

@@ -22,13 +22,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from upclose.methods import probe
+from upclose.methods import ensemble
+from upclose.methods.ensemble import SEEDS, Network
 from upclose.methods.entry import Method, whole
-from upclose.methods.probe import Network
-
-TINY = 1e-12
 
 
 class Boxes(NamedTuple):
@@ -76,7 +73,7 @@ def fit_boxes(
     y: Tensor,
     label: Tensor,
     alpha: float = 0.9,
-    seeds: Sequence[int] = probe.SEEDS,
+    seeds: Sequence[int] = SEEDS,
     *,
     epochs: int = 100,
     batch_size: int = 512,
@@ -132,7 +129,7 @@ def fit_network(
     y: Tensor,
     label: Tensor,
     alpha: float = 0.9,
-    seeds: Sequence[int] = probe.SEEDS,
+    seeds: Sequence[int] = SEEDS,
     *,
     epochs: int = 100,
     batch_size: int = 512,
@@ -181,17 +178,17 @@ def fit_network(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: it weighs class consistency against volume, from 0 to 1")
-    x = probe.check_embeddings(x, "x")
-    label = probe.check_embeddings(label, "label", C=None, D=x.shape[1]).to(x.dtype)
-    probe.check_labels(y, len(label), "y", len(x))
-    network = probe.network(seeds, x.shape[1], 2 * x.shape[1], hidden, "lare", like=x)
+    x = ensemble.check_embeddings(x, "x")
+    label = ensemble.check_embeddings(label, "label", C=None, D=x.shape[1]).to(x.dtype)
+    ensemble.check_labels(y, len(label), "y", len(x))
+    network = ensemble.network(seeds, x.shape[1], 2 * x.shape[1], hidden, "lare", like=x)
 
     def loss(index: Tensor) -> Tensor:
         return objective(
-            corner_losses(_corners(network, probe.take(x, index)), label, y[index], logit_scale=logit_scale), alpha
+            corner_losses(_corners(network, ensemble.take(x, index)), label, y[index], logit_scale=logit_scale), alpha
         )
 
-    for _ in probe.train(network, loss, len(x), seeds, epochs, batch_size, learning_rate, weight_decay):
+    for _ in ensemble.train(network, loss, len(x), seeds, epochs, batch_size, learning_rate, weight_decay):
         pass
     return Network(*(part.detach() for part in network))
 
@@ -215,44 +212,14 @@ def losses(boxes: Boxes, label: Tensor, y: Tensor, *, logit_scale: float = 1.0) 
 
 def corner_losses(corners: Tensor, label: Tensor, y: Tensor, *, logit_scale: float = 1.0) -> Losses:
     """`losses` of X^- and X^+ in one tensor (S, B, 2, D), as f_Box gives them."""
-    between, with_labels = _Cosines.apply(corners, label)
+    between, with_labels = ensemble.cosines(corners, label)
     minus, plus = (logit_scale * with_labels).unbind(2)
     return Losses(
         volume=between.sum(),  # eq. 3
-        minus=probe.cross_entropy(minus, y),  # eq. 4
-        plus=probe.cross_entropy(plus, y),  # eq. 5
-        centre=probe.cross_entropy((minus + plus) / 2, y),  # eq. 6: a product with the mean is the mean
+        minus=ensemble.cross_entropy(minus, y),  # eq. 4
+        plus=ensemble.cross_entropy(plus, y),  # eq. 5
+        centre=ensemble.cross_entropy((minus + plus) / 2, y),  # eq. 6: a product with the mean is the mean
     )
-
-
-class _Cosines(torch.autograd.Function):
-    """w (S, B) between the two corners X (S, B, 2, D), and z (S, B, 2, C) of each corner with the labels T (C, D).
-
-    With n_k = |X_k|: w = X_0 . X_1 / (n_0 n_1) and z_k = X_k T' / n_k, so that a loss has the gradient
-
-        dX_k = (dz_k / n_k) T + dw / (n_0 n_1) X_(1-k) - (dz_k . z_k + dw w) / n_k^2 X_k
-
-    which takes three passes over the corners beside the product, where autograd's own takes ten.
-    """
-
-    @staticmethod
-    def forward(ctx, corners: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        norm = torch.linalg.vector_norm(corners, dim=3, keepdim=True).clamp_min(TINY)  # (S, B, 2, 1)
-        between = torch.linalg.vecdot(*corners.unbind(2)) / norm.prod(2)[..., 0]
-        with_labels = (corners @ label.T).div_(norm)
-        ctx.save_for_backward(corners, label, norm, between, with_labels)
-        return between, with_labels
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, to_between: Tensor, to_labels: Tensor) -> tuple[Tensor, None]:
-        corners, label, norm, between, with_labels = ctx.saved_tensors
-        gradient = (to_labels / norm) @ label
-        towards = to_between[..., None] / norm.prod(2)  # (S, B, 1)
-        for own, other in zip(gradient.unbind(2), reversed(corners.unbind(2))):
-            own.addcmul_(towards, other)
-        along = (to_labels * with_labels).sum(3, keepdim=True) + (to_between * between)[..., None, None]
-        return gradient.addcmul_(along / norm.square(), corners, value=-1), None
 
 
 def objective(losses: Losses, alpha: float) -> Tensor:
@@ -338,7 +305,7 @@ def mixup(x: Tensor, y: Tensor, n: int, classes: int, generator: Sequence[torch.
     Source:
         Zhang et al., mixup: Beyond Empirical Risk Minimization, with weights Beta(1, 1), which is uniform.
     """
-    probe.check_labels(y, classes, "y", len(x))
+    ensemble.check_labels(y, classes, "y", len(x))
     shape = (len(generator), len(x), n)
     own = _draw(torch.rand, shape, generator, x)[..., None]
     other = (_draw(torch.rand, shape, generator, x.double()) * len(x)).long()

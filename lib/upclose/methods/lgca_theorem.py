@@ -10,11 +10,9 @@ Everything is for one image and one class unless it says otherwise. Source: arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cmp_to_key
 from math import log, log2
-from statistics import median
-from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -128,17 +126,6 @@ def q(views: Views, text: Text) -> Tensor:
     a = (views.crop @ text.description.mT).view(batch, crops, len(text.label), -1)
     a = a * wca.image_weights(views)[:, :, None, None] * wca.text_weights(text).view(len(text.label), -1)
     return a.sum((1, 3))
-
-
-def seconds(function: Callable[[], object], repeats: int = 5) -> float:
-    """The median wall-clock time of `repeats` calls after one that is not timed."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = perf_counter()
-        function()
-        times.append(perf_counter() - start)
-    return median(times)
 
 
 def exponents(crops: Sequence[int], descriptions: Sequence[int], time: Sequence[float]) -> Fit:
