@@ -165,7 +165,7 @@ def intervals(
         if name == reference:
             ax.axvline(line.value, color=colour(name), lw=0.8, ls="--", zorder=0)
     ax.set(yticks=range(len(frame)), yticklabels=frame[label], xlabel="top-1 accuracy (%)", title=title)
-    ax.invert_yaxis()
+    ax.set_ylim(len(frame) - 0.5, -0.7)
 
 
 def differences(
@@ -219,4 +219,4 @@ def ledger(ax: Axes, claims) -> None:
     ax.set(
         yticks=range(len(claims)), yticklabels=[f"{c.name} {c.verdict}" for c in claims], xlabel="difference (points)"
     )
-    ax.invert_yaxis()
+    ax.set_ylim(len(claims) - 0.5, -0.5)

@@ -37,6 +37,14 @@ def test_part_of_finds_the_part_of_every_phrase(bird):
     assert birdlets.part_of("two wings") is None
 
 
+def test_named_parts_are_of_true_phrases_and_stand_where_they_were_said():
+    true = [list(birdlets.phrases(bird.traits).values()) for bird in TEST[:2]]
+    wrong = next(words for words in birdlets.phrases(TEST[5].traits).values() if words not in true[1])
+    named = birdlets.named_parts(TEST[:2], [true[0], [true[1][0], "two wings", wrong]])
+    assert named[0] == [birdlets.part_of(words) for words in true[0]]
+    assert named[1] == [birdlets.part_of(true[1][0]), *[None] * (len(true[0]) - 1)]
+
+
 def test_captions_say_only_what_is_shown():
     rng = np.random.default_rng(0)
     traits = TEST[0].traits._replace(cap="red", beak="blue", beak_shape="hooked", collar="pink")

@@ -4,7 +4,7 @@
 hard a picture is, and `Birdlets.parts` where each part of a bird is.
 """
 
-from upclose.birdlets.captions import TEMPLATES, descriptors, part_of, phrases, sentences, vocabulary
+from upclose.birdlets.captions import TEMPLATES, descriptors, named_parts, part_of, phrases, sentences, vocabulary
 from upclose.birdlets.pictures import DEFAULT, DOMAINS, PARTS, PROTOTYPE, SCENES, Knobs, Picture, draw
 from upclose.birdlets.species import COLOURS, FAMILIES, Species, Traits, held_out
 from upclose.birdlets.world import TRAIN_SIBLINGS, TRAIN_SIZE, Birdlets, contact_sheet, dataset, training_views, visible
@@ -30,6 +30,7 @@ __all__ = [
     "descriptors",
     "draw",
     "held_out",
+    "named_parts",
     "part_of",
     "phrases",
     "sentences",

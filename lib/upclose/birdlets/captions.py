@@ -5,6 +5,8 @@ Captions and descriptions come from one grammar, so a part of "descriptions help
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from upclose import seeds
@@ -84,6 +86,23 @@ def part_of(description: str) -> str | None:
     if any(description.rstrip(".").endswith(generic) for generic in GENERIC):
         return None
     return _WORD_PART.get(description.rstrip(".").split()[-1])
+
+
+def named_parts(species: Sequence[Species], said: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """The part that each description truly names.
+
+    Args:
+        species: C birds
+        said: the descriptions of each, in any number
+
+    Returns:
+        C lists of the longest one's length; None for a description that is generic or wrong of this bird, and at the
+        end of shorter lists
+    """
+    width = max(map(len, said))
+    true = [{*phrases(bird.traits).values()} for bird in species]
+    named = [[part_of(words) if words in own else None for words in rows] for own, rows in zip(true, said)]
+    return [row + [None] * (width - len(row)) for row in named]
 
 
 # ------------------------------------------------------------------------------------------ class descriptions
