@@ -291,6 +291,27 @@ def test_stacked_problems_equal_single_ones(epsilon, rounds, dtype):
         torch.testing.assert_close(alone[..., 0], plan[..., k], atol=1e-6 if dtype == torch.float32 else 1e-14, rtol=0)
 
 
+@pytest.mark.parametrize("epsilon", [0.1, 0.03])
+@pytest.mark.parametrize("rounds", [1, 7, 5_000])
+def test_stacked_values_are_those_of_the_plans(epsilon, rounds):
+    cost, column, _ = stacked()
+    logit = cost * (-1 / epsilon)
+    plan = transport.sinkhorn_stacked(logit, column, rounds)
+    value = transport.sinkhorn_stacked(logit, column, rounds, plans=False)
+    torch.testing.assert_close(value, (plan * logit).sum((0, 1)), atol=1e-12, rtol=0)
+    torch.testing.assert_close(plan.sum(0), column, atol=1e-14, rtol=0)
+
+
+def test_stacked_problems_that_are_slow_need_fewer_rounds_than_plain_scalings():
+    cost, column, single = stacked(40, 9, 9)
+    logit = cost * (-1 / 0.02)
+    best = transport.sinkhorn_stacked(logit, column, 20_000)
+    ours = transport.sinkhorn_stacked(logit, column, 300)
+    plain, _ = transport.sinkhorn(*single, 0.02, 300, 1e-9)
+    worst = [((plan - best).abs().sum((0, 1))).max().item() for plan in (ours, plain.permute(1, 2, 0))]
+    assert worst[0] < worst[1] / 100
+
+
 def test_stacked_problems_that_would_underflow_do_not_fit():
     logit = torch.zeros(3, 2, 4)
     assert transport.fits(logit)

@@ -14,7 +14,8 @@ The class of least cost is predicted; the few-shot cache votes as Tip-Adapter's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ from upclose.features import Text, Views, check_described
 from upclose.methods import tip_adapter
 from upclose.methods.entry import Method
 
-CHUNK = 2**19  # entries of one cost tensor: 2 MiB, so that the rounds of Sinkhorn stay in cache
+CHUNK = 2**18  # entries of one cost tensor: 1 MiB, so that the rounds of Sinkhorn stay in cache
+IMAGES = 48  # of one cost tensor, if there are as many: products of few crops with many descriptions are slow
+INFINITE = 1e18  # an epsilon at which kernels are flat, and by which logits can still be multiplied
 TOLERANCE = 1e-5  # L1 error of a plan's marginals at which Sinkhorn stops; the score is then right to about 1e-6
 
 
@@ -57,8 +60,8 @@ def scores(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1
         text: description (L, D); the paper takes 9 a class
         epsilon: entropic regularisation in units of the cost 1 - cos. CLIP's cosines span about 0.1, so at 0.1 the
             plan is nearly uniform and D&D nearly the unweighted mean; as epsilon falls it nears the exact distance
-        max_iter: rounds of Sinkhorn at most. At epsilon 0.01 most pairs are done in 100, where the scores of the
-            slowest are still wrong by about 1e-4; 1000 take three times as long and leave 1e-5
+        max_iter: rounds of Sinkhorn at most. At epsilon 0.01 nearly all pairs are done in 100, where the scores of the
+            slowest are still wrong by about 1e-5; 300 leave less than 1e-6
         exact: the exact distance by linear programming (epsilon and max_iter are then not used); slow, on the CPU
 
     Returns:
@@ -71,8 +74,11 @@ def scores(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1
     Deviates: the paper's summary, from which this is written, gives neither epsilon nor a stopping rule; 0.01 resolves
         differences of cosine that matter to CLIP.
     """
-    parts = _transport(views, text, epsilon, max_iter, exact)
-    return -torch.cat([(plan * cost).sum((0, 1)) for cost, plan in parts])
+    if exact:
+        return _by_tile(views, text, lambda cosine, column: (_exact(cosine, column) * (cosine - 1)).sum((0, 1)))
+    epsilon = _finite(epsilon)
+    solve = partial(_entropic, epsilon=epsilon, max_iter=max_iter, plans=False)
+    return epsilon * _by_tile(views, text, solve, 1 / epsilon) - 1
 
 
 def plans(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1000, exact: bool = False) -> Tensor:
@@ -82,8 +88,10 @@ def plans(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 10
         (B, C, N, M) float32: the mass that moves between crop n and the class's m-th description; M is that of the
         class with most, padded with 0
     """
-    parts = _transport(views, text, epsilon, max_iter, exact)
-    return torch.cat([plan.permute(2, 3, 0, 1) for _, plan in parts])
+    epsilon = _finite(epsilon)
+    solve = _exact if exact else partial(_entropic, epsilon=epsilon, max_iter=max_iter, plans=True)
+    scale = 1.0 if exact else 1 / epsilon
+    return _by_tile(views, text, lambda logit, column: solve(logit, column).permute(2, 3, 0, 1), scale)
 
 
 def max_scores(views: Views, text: Text) -> Tensor:
@@ -91,8 +99,7 @@ def max_scores(views: Views, text: Text) -> Tensor:
 
     Args, Returns, Raises: as `scores`, which this bounds from above.
     """
-    _, column = _places(text)
-    return -torch.cat([(cost.amin(0) * column[:, None]).sum(0) for cost in _costs(views, text)])
+    return _by_tile(views, text, lambda cosine, column: (cosine.amax(0) * column[:, None]).sum(0)) - 1
 
 
 def assignment_scores(views: Views, text: Text) -> Tensor:
@@ -103,20 +110,15 @@ def assignment_scores(views: Views, text: Text) -> Tensor:
 
     Args, Returns, Raises: as `scores`.
     """
-    counts = text.counts.tolist()
 
-    def mean_cost(cost: Tensor, count: int) -> float:
-        cost = cost[:, :count].numpy()
-        return float(cost[linear_sum_assignment(cost)].mean())
+    def cosines(cosine: Tensor, column: Tensor) -> Tensor:
+        counts = (column > 0).sum(0).tolist()
+        cosine = cosine.permute(2, 3, 0, 1).cpu().numpy()
+        pairs = [[x[:, :count] for x, count in zip(image, counts)] for image in cosine]
+        best = [[float(x[linear_sum_assignment(x, maximize=True)].mean()) for x in image] for image in pairs]
+        return torch.tensor(best).view(cosine.shape[:2])
 
-    return -torch.tensor(
-        [
-            [mean_cost(cost, count) for cost, count in zip(image, counts)]
-            for part in _costs(views, text)
-            for image in part.permute(2, 3, 0, 1).cpu()
-        ],
-        device=views.crop.device,
-    )
+    return _by_tile(views, text, cosines).to(views.crop) - 1
 
 
 def local_cache(views: Views, label: Tensor, text: Text) -> Cache:
@@ -277,37 +279,57 @@ def _places(text: Text) -> tuple[Tensor, Tensor]:
     return first + place.minimum(counts - 1), (place < counts) / counts.to(text.description)
 
 
-def _costs(views: Views, text: Text) -> Iterator[Tensor]:
-    """1 - cos, (N, M, b, C), a chunk of images at a time; padding repeats the class's last description."""
+def _by_tile(views: Views, text: Text, solve: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Tensor:
+    """(B, C, ...) of all images and classes, a few images and classes at a time.
+
+    Args:
+        views: crop (B, N, D)
+        text: C classes
+        solve: scale * cos (N, M, b, c), in which padding repeats a class's last description, and the descriptions'
+            mass (M, c), 0 on padding -> (b, c, ...)
+        scale: of the cosines
+    """
     _check(views, text)
-    row, _ = _places(text)
-    description, n = text.description.index_select(0, row.flatten()), views.crop.shape[1]  # (M C, D)
-    for crop in views.crop.split(max(1, CHUNK // (n * row.numel()))):
-        cosine = crop.transpose(0, 1).flatten(0, 1) @ description.T
-        yield 1 - cosine.view(n, len(crop), *row.shape).transpose(1, 2)
+    row, column = _places(text)
+    n, pairs = views.crop.shape[1], max(1, CHUNK // (views.crop.shape[1] * len(row)))
+    classes = max(1, pairs // max(1, min(IMAGES, len(views.crop))))
+    images = max(1, pairs // min(classes, row.shape[1]))
+    blocks = [
+        (text.description.index_select(0, part.flatten()).T, mass)
+        for part, mass in zip(row.split(classes, 1), column.split(classes, 1))
+    ]
+
+    def tile(crop: Tensor, description: Tensor, mass: Tensor) -> Tensor:
+        cosine = (crop @ description).view(n, -1, *mass.shape)  # (N, b, M, c)
+        return solve(cosine.transpose(1, 2).contiguous(), mass)
+
+    rows = [crop.transpose(0, 1).flatten(0, 1) * scale for crop in views.crop.split(images)]
+    return torch.cat([torch.cat([tile(crop, *block) for block in blocks], 1) for crop in rows])
 
 
-def _transport(views: Views, text: Text, epsilon: float, max_iter: int, exact: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Eq. 4's cost and plan, both (N, M, b, C), a chunk of images at a time. Padded descriptions have no mass."""
-    _, column = _places(text)
-    row = views.crop.new_ones(views.crop.shape[1]) / views.crop.shape[1]  # (N,)
-    for cost in _costs(views, text):
-        if exact:
-            yield cost, transport.exact(cost.permute(2, 3, 0, 1), row, column.T).permute(2, 3, 0, 1)
-        else:
-            yield cost, _entropic(cost, row, column, epsilon, max_iter)
+def _exact(cosine: Tensor, column: Tensor) -> Tensor:
+    """Plans (N, M, b, c) without entropy."""
+    cost, row = 1 - cosine.permute(2, 3, 0, 1), cosine.new_full((len(cosine),), 1 / len(cosine))
+    return transport.exact(cost, row, column.T).permute(2, 3, 0, 1)
 
 
-def _entropic(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> Tensor:
-    """Plans (N, M, b, C): stacked where the kernel does not underflow, otherwise problem after problem."""
+def _finite(epsilon: float) -> float:
     if not epsilon > 0:
         raise ValueError(f"epsilon is {epsilon}: give a positive number, or exact=True for no entropy")
-    logit, images = (cost * (-1 / epsilon)).flatten(2), cost.shape[2]
-    if not cost.requires_grad and transport.fits(logit):
-        masses = column.repeat(1, images)  # (M, b C)
-        return transport.sinkhorn_stacked(logit, masses, max_iter, TOLERANCE).view(cost.shape)
-    flat = cost.permute(2, 3, 0, 1).flatten(0, 1), row, column.T.repeat(images, 1)
-    return _sinkhorn(*flat, epsilon, max_iter).unflatten(0, (images, -1)).permute(2, 3, 0, 1)
+    return min(epsilon, INFINITE)
+
+
+def _entropic(logit: Tensor, column: Tensor, epsilon: float, max_iter: int, plans: bool) -> Tensor:
+    """Plans (N, M, b, c) or <plan, logit> (b, c): stacked where the kernel does not underflow, else one by one."""
+    flat, images = logit.flatten(2), logit.shape[2]
+    if not logit.requires_grad and transport.fits(flat):
+        found = transport.sinkhorn_stacked(flat, column.repeat(1, images), max_iter, TOLERANCE, plans)
+        return found.unflatten(-1, logit.shape[2:])
+    row = logit.new_full((len(logit),), 1 / len(logit))
+    cost = 1 - epsilon * logit.permute(2, 3, 0, 1).flatten(0, 1)
+    plan = _sinkhorn(cost, row, column.T.repeat(images, 1), epsilon, max_iter)
+    plan = plan.unflatten(0, logit.shape[2:]).permute(2, 3, 0, 1)
+    return plan if plans else (plan * logit).sum((0, 1))
 
 
 def _sinkhorn(cost: Tensor, row: Tensor, column: Tensor, epsilon: float, max_iter: int) -> Tensor:
