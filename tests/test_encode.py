@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from test_crops import outside
 from upclose import crops, encode
 from upclose.encode import fingerprint, sources, tiny
 
@@ -375,37 +376,37 @@ def test_a_device_too_small_for_one_picture_says_so(encoder, pictures):
         encoder.encode_images(pictures)
 
 
-def test_no_tensor_is_left_on_another_device(monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_tensor_is_left_on_another_device(monkeypatch, precision):
+    monkeypatch.setattr(torch.Tensor, "numpy", outside(torch.Tensor.numpy))
+    monkeypatch.setattr(torch.Tensor, "cpu", outside(torch.Tensor.cpu))
+    box = [crops.sample_boxes(30, 30, 5, key=key) for key in "ab"]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         model = CLIP(**CONFIG)
         monkeypatch.setattr(model, "to", lambda device: model)  # fake parameters are there already and cannot be moved
-        encoder = encoder_of(model, device="cuda")
+        encoder = encoder_of(model, device="cuda", precision=precision)
         feature, token = encoder.features(torch.empty(5, 3, 32, 32, device="cuda"), cls=True)
         assert feature.device.type == token.device.type == "cuda"
         assert feature.dtype == token.dtype == torch.float32
         assert feature.shape == (5, 24)
         # a fake tensor has no values: what looks at them, on the host before anything is moved, is left out
-        monkeypatch.setattr(encode.encoder, "_check_boxes", lambda *_: None)
-        monkeypatch.setattr(
-            encode.encoder, "_distinct", lambda box: (box.reshape(-1, 4), torch.arange(5, device="cpu"))
-        )
         monkeypatch.setattr(fingerprint, "state", lambda _: ())
         monkeypatch.setattr(encode.encoder, "_plain_text", lambda _: False)
         encoder.tokenize = lambda text: torch.zeros(len(text), 16, dtype=torch.int64, device="cpu")
-        moved, pin = [], lambda tensor: moved.append(tensor) or tensor
-        monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
         for squash in (False, True):
             encoder.squash = squash
             for device in ("cpu", "cuda"):
                 some = [torch.empty(3, h, w, dtype=torch.uint8, device=device) for h, w in ((40, 50), (60, 30))]
-                box = torch.empty(2, 5, 4, device="cpu")
                 found = [*encoder.encode_crops(some, box, cls=True), *encoder.encode_images(some, cls=True)]
                 found += [encoder.encode_crops(some[0], box[0]), encoder.encode_images(some)]
                 found.append(encoder.encode_text(["a bird", "a nest", "a bird"]))
                 assert {(x.device.type, x.dtype) for x in found} == {("cuda", torch.float32)}
                 shapes = [(2, 5, 24), (2, 5, 64), (2, 24), (2, 64), (5, 24), (2, 24), (3, 24)]
                 assert [tuple(x.shape) for x in found] == shapes
-        assert {x.device.type for x in moved} == {"cpu"}
+            ready = (encoder.prepare(picture, rows) for picture, rows in zip(some, box))
+            found = encoder.encode_views(ready, cls=True)
+            assert [tuple(x.shape) for x in found] == [(2, 24), (2, 5, 24), (2, 64), (2, 5, 64)]
+            assert {(x.device.type, x.dtype) for x in found} == {("cuda", torch.float32)}
 
 
 def test_on_a_gpu_many_pictures_are_cut_at_once(pictures, boxes, monkeypatch):
@@ -417,7 +418,7 @@ def test_on_a_gpu_many_pictures_are_cut_at_once(pictures, boxes, monkeypatch):
 
     def extract(some, box, size, **facts):
         asked.append(len(some))
-        return crops.extract_batched(some, box, size, **facts)
+        return crops._extract_banded(some, box, size, torch.float32, **facts)
 
     monkeypatch.setattr(encode.encoder.crops, "extract", extract)
     ours = encoder._crops(pictures, list(boxes))

@@ -10,7 +10,10 @@ B images.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -196,9 +199,10 @@ def extract(
     """Cut boxes out of a picture, or out of each of several, and resize them to what an encoder takes.
 
     Every pixel is within 2/255 of PIL's `image.crop(box).resize((size, size), BICUBIC)`. On the CPU torch's vectorised
-    uint8 kernel does a crop at a time, normalised in float32 while it is in the cache; on any other device
-    `extract_batched` does all of them at once, and boxes are not read back: they must lie in the picture. PIL is
-    Pillow 13, which resizes a box much taller than wide along y first; older ones, which never do, differ there.
+    uint8 kernel does a crop at a time, normalised in float32 while it is in the cache; on a GPU `kernels` does all of
+    them at once, and other devices multiply with banded matrices. Boxes on a device are not read back: they must lie in
+    the picture (`kernels` clamps them to it). PIL is Pillow 13, which resizes a box much taller than wide along y
+    first; older ones, which never do, differ there.
 
     Args:
         image: uint8 (3, H, W), or a sequence of B such pictures of any sizes
@@ -209,7 +213,7 @@ def extract(
         std: of each channel
 
     Returns:
-        (..., 3, S, S), or (B, ..., 3, S, S)
+        (..., 3, S, S), or (B, ..., 3, S, S), where the pictures are
 
     Raises:
         ValueError: pictures that are not uint8 (3, H, W), boxes of another shape, empty or (on the CPU) outside the
@@ -217,62 +221,29 @@ def extract(
     """
     images, boxes = ([image], box[None]) if isinstance(image, Tensor) else (image, box)
     _check_extract(images, boxes, size)
-    if images[0].device.type != "cpu":
-        out = extract_batched(images, boxes, size, dtype, mean, std)
-    else:
+    rows = boxes
+    if boxes.device.type == "cpu":
+        rows = np.rint(boxes.numpy()).astype(np.int64)
+        for picture, some in zip(images, rows):
+            check_inside(some, *picture.shape[1:])
+    device = images[0].device
+    if has_kernels(device):
+        owner = np.arange(len(images)).repeat(boxes[0].numel() // 4)
+        rows = rows.reshape(-1, 4)
+        window = np.tile([size, size, 0, 0], (len(rows), 1))
+        out = _cut(*pack(images, device), owner, rows, window, size, dtype, mean, std)
+    elif device.type == "cpu":
         out = torch.empty(*boxes.shape[:-1], 3, size, size, dtype=dtype)
         for picture, rows, target in zip(images, boxes, out):
             _extract_cpu(picture, rows.reshape(-1, 4), size, mean, std, target.view(-1, 3, size, size))
+    else:
+        out = _extract_banded(images, boxes, size, dtype, mean, std)
+    out = out.view(*boxes.shape[:-1], 3, size, size)
     return out[0] if isinstance(image, Tensor) else out
 
 
-def extract_batched(
-    images: Sequence[Tensor],
-    box: Tensor,
-    size: int,
-    dtype: torch.dtype = torch.float32,
-    mean: Sequence[float] = MEAN,
-    std: Sequence[float] = STD,
-) -> Tensor:
-    """`extract` as two batched matrix products with banded weights, rounded and clamped between them as PIL does.
-
-    No loop over crops and no synchronisation; runs on every device. Where a picture is taller than S both orders of
-    the passes are computed, and each crop takes its own. The weights and what stands between the
-    products take at most about `BLOCK_BYTES` at a time (or one crop of each picture, if that is more).
-
-    Args:
-        images: B pictures, uint8 (3, H, W) of any sizes, on one device
-        box: (B, ..., 4) rounded to whole pixels; on the CPU or where the pictures are
-        size: side S of the result
-        dtype: of the result; torch.uint8 gives the resized pixels, not normalised
-        mean: of each channel, of pixels in 0 .. 1
-        std: of each channel
-
-    Returns:
-        (B, ..., 3, S, S) on the pictures' device
-
-    Raises:
-        ValueError: as `extract`, but that boxes are not read
-    """
-    _check_extract(images, box, size)
-    canvas = _canvas(images)
-    height, width = canvas.shape[-2:]
-    rows = box.to(canvas.device, torch.float32, non_blocking=True).reshape(len(box), -1, 4).round()
-    block = max(1, BLOCK_BYTES // (24 * len(images) * size * (height + width + size)))
-    out = []
-    for part in rows.split(block, dim=1):
-        x0, y0, x1, y1 = part.unbind(-1)
-        across, down = _weights(x0, x1, size, width), _weights(y0, y1, size, height)
-        pixels = _resample(canvas, across, down)
-        if height > size:
-            first = _is_down_first(y1 - y0, x1 - x0, size, size)[..., None, None, None]
-            pixels = torch.where(first, _resample(canvas.mT, down, across).mT, pixels)
-        out.append(_normalise(pixels, dtype, mean, std))
-    return torch.cat(out, dim=1).view(*box.shape[:-1], 3, size, size)
-
-
 def whole(
-    image: Tensor,
+    image: Tensor | Sequence[Tensor],
     size: int,
     dtype: torch.dtype = torch.float32,
     mean: Sequence[float] = MEAN,
@@ -283,34 +254,106 @@ def whole(
     Every pixel is within 2/255 of open_clip's evaluation transform (torchvision's Resize and CenterCrop on PIL).
 
     Args:
-        image: uint8 (3, H, W)
+        image: uint8 (3, H, W), or a sequence of B such pictures of any sizes
         size: side S of the result
         dtype: of the result; torch.uint8 gives the resized pixels, not normalised
         mean: of each channel, of pixels in 0 .. 1
         std: of each channel
 
     Returns:
-        (3, S, S) on the picture's device
+        (3, S, S), or (B, 3, S, S), where the pictures are
 
     Raises:
-        ValueError: the picture is not uint8 (3, H, W), or size < 1
+        ValueError: no picture, one that is not uint8 (3, H, W), or size < 1
     """
-    _check_images([image], size)
-    height, width = image.shape[-2:]
-    short, long = sorted((height, width))
-    tall, wide = (size if side == short else size * long // short for side in (height, width))
-    top, left = round((tall - size) / 2), round((wide - size) / 2)
-    if image.device.type == "cpu" and long <= ELONGATED * short:
-        pixels = _resize(image, tall, wide)[..., top : top + size, left : left + size]
+    images = [image] if isinstance(image, Tensor) else image
+    _check_images(images, size)
+    device = images[0].device
+    if has_kernels(device):
+        view = np.concatenate([whole_view(*picture.shape[1:], size) for picture in images])
+        out = cut(images, np.arange(len(images)), view, device, size, dtype, mean, std)
     else:
-        start = torch.zeros(1, 1, device=image.device)
-        across = _weights(start, start + width, size, width, wide, left)
-        down = _weights(start, start + height, size, height, tall, top)
-        if _is_down_first(height, width, tall, wide):
-            pixels = _resample(image[None].mT, down, across).mT[0, 0]
-        else:
-            pixels = _resample(image[None], across, down)[0, 0]
-    return _normalise(pixels, dtype, mean, std)
+        out = torch.stack([_normalise(_whole(picture, size), dtype, mean, std) for picture in images])
+    return out[0] if isinstance(image, Tensor) else out
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether pictures there are cut by `kernels`: on a GPU with Triton, and anywhere under TRITON_INTERPRET=1."""
+    return (device.type == "cuda" and _has_triton()) or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def crop_view(box: np.ndarray, size: int) -> np.ndarray:
+    """Boxes of a picture, (n, 4) int64, as views for `cut`."""
+    return np.concatenate([box, np.tile([size, size, 0, 0], (len(box), 1))], axis=1)
+
+
+def whole_view(height: int, width: int, size: int, squash: bool = False) -> np.ndarray:
+    """A whole picture as a view for `cut`: its short side at `size` and the centre, or all of it squashed."""
+    tall, wide = (size, size) if squash else _short_side(height, width, size)
+    return np.array([[0, 0, width, height, tall, wide, round((tall - size) / 2), round((wide - size) / 2)]])
+
+
+def cut(
+    images: Sequence[Tensor],
+    owner: np.ndarray,
+    view: np.ndarray,
+    device: torch.device,
+    size: int,
+    dtype: torch.dtype,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Views of pictures by `kernels`: what `extract` and `whole` give, in any mixture.
+
+    Nothing waits for the device: pictures on the host are copied on a stream of their own.
+
+    Args:
+        images: B pictures, uint8 (3, H, W) of any sizes, on the host or the device
+        owner: (n,) which picture each view shows
+        view: (n, 8) int64 from `crop_view` and `whole_view`, inside the pictures
+        device: of the result
+        size: side S of the result
+        dtype: of the result
+        mean: of each channel, of pixels in 0 .. 1
+        std: of each channel
+
+    Returns:
+        (n, 3, S, S)
+    """
+    return _cut(*pack(images, device), owner, view[:, :4], view[:, 4:], size, dtype, mean, std)
+
+
+def pack(images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, np.ndarray]:
+    """Pictures one after the other on a device: uint8, and (B, 3) int64 where each starts, its height and width."""
+    shape = np.array([image.shape[1:] for image in images], dtype=np.int64).reshape(-1, 2)
+    length = 3 * shape.prod(axis=1)
+    place = np.concatenate([(length.cumsum() - length)[:, None], shape], axis=1)
+    parts = [image.reshape(-1) for image in images]
+    if all(part.device == device for part in parts):
+        return torch.cat(parts), place
+    return upload(parts, device), place
+
+
+def upload(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Some tensors of the host, joined on a device; copied on a stream of their own, while the device computes.
+
+    The present stream of the device waits for the copy, the host does not.
+    """
+    if not torch.cuda.is_initialized():
+        return torch.cat(list(parts)).to(device)
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    host = torch.cat(list(parts), out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
+    present, aside = torch.cuda.current_stream(device), _aside(device)
+    with torch.cuda.stream(aside):
+        there = host.to(device, non_blocking=True)
+    present.wait_stream(aside)
+    there.record_stream(present)
+    return there
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _uniform(draw: np.ndarray, low, high) -> np.ndarray:
@@ -353,20 +396,83 @@ def _extract_cpu(
     image: Tensor, box: Tensor, size: int, mean: Sequence[float], std: Sequence[float], out: Tensor
 ) -> None:
     """Fill `out` (N, 3, S, S); a crop stays in the cache from the resize to its last conversion."""
-    height, width = image.shape[-2:]
     image = _channels_last(image)
     gain, bias = (torch.tensor(values).view(3, 1, 1) for values in _affine(mean, std))
     scratch = torch.empty(3, size, size)
     for (x0, y0, x1, y1), target in zip(box.round().long().tolist(), out):
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(
-                f"box {(x0, y0, x1, y1)} is empty or not inside the picture of width {width} and height {height}"
-            )
         crop = _resize(image[:, y0:y1, x0:x1], size, size)
         if out.dtype == torch.uint8:
             target.copy_(crop)
         else:
             torch.add(scratch.copy_(crop).mul_(gain), bias, out=target)
+
+
+def _extract_banded(
+    images: Sequence[Tensor],
+    box: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """`extract` as two batched matrix products with banded weights, rounded and clamped between them as PIL does.
+
+    For devices without Triton: no loop over crops and no synchronisation. Where a picture is taller than S both orders
+    of the passes are computed, and each crop takes its own. The weights and what stands between the products take at
+    most about `BLOCK_BYTES` at a time (or one crop of each picture, if that is more).
+    """
+    canvas = _canvas(images)
+    height, width = canvas.shape[-2:]
+    rows = box.to(canvas.device, torch.float32, non_blocking=True).reshape(len(box), -1, 4).round()
+    block = max(1, BLOCK_BYTES // (24 * len(images) * size * (height + width + size)))
+    out = []
+    for part in rows.split(block, dim=1):
+        x0, y0, x1, y1 = part.unbind(-1)
+        across, down = _weights(x0, x1, size, width), _weights(y0, y1, size, height)
+        pixels = _resample(canvas, across, down)
+        if height > size:
+            first = _is_down_first(y1 - y0, x1 - x0, size, size)[..., None, None, None]
+            pixels = torch.where(first, _resample(canvas.mT, down, across).mT, pixels)
+        out.append(_normalise(pixels, dtype, mean, std))
+    return torch.cat(out, dim=1)
+
+
+def _short_side(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width of a picture whose short side has become `size`."""
+    short, long = sorted((height, width))
+    return tuple(size if side == short else size * long // short for side in (height, width))
+
+
+def _whole(image: Tensor, size: int) -> Tensor:
+    """(3, S, S) in 0 .. 255."""
+    height, width = image.shape[-2:]
+    tall, wide = _short_side(height, width, size)
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    if image.device.type == "cpu" and max(height, width) <= ELONGATED * min(height, width):
+        return _resize(image, tall, wide)[..., top : top + size, left : left + size]
+    start = torch.zeros(1, 1, device=image.device)
+    across = _weights(start, start + width, size, width, wide, left)
+    down = _weights(start, start + height, size, height, tall, top)
+    if _is_down_first(height, width, tall, wide):
+        return _resample(image[None].mT, down, across).mT[0, 0]
+    return _resample(image[None], across, down)[0, 0]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _cut(pixels, place, owner, box: np.ndarray | Tensor, window, size, dtype, mean, std) -> Tensor:
+    """`cut` for packed pictures, with boxes on the host or, as floats or whole numbers, on the device."""
+    from upclose import kernels
+
+    here = isinstance(box, np.ndarray)
+    layout = kernels.lay_out(np.concatenate([place[owner], window], axis=1), box if here else None, size)
+    table = upload([torch.from_numpy(layout.table)], pixels.device)
+    box = upload([torch.from_numpy(box.astype(np.int32))], pixels.device) if here else box.round().int().contiguous()
+    gain, bias = ([1.0] * 3, [0.0] * 3) if dtype == torch.uint8 else _affine(mean, std)
+    return kernels.cut(pixels, table, box, *layout[1:], size, dtype, gain, bias)
 
 
 def _affine(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -458,9 +564,20 @@ def _check_sampling(height: int, width: int, n: int, scale: tuple[float, float])
         raise ValueError(f"scale must be (alpha, beta) with 0 < alpha <= beta <= 1, not {tuple(scale)}")
 
 
+def check_inside(box: np.ndarray, height: int, width: int) -> None:
+    """Raise for the first of some boxes (..., 4) that is empty or not inside the picture."""
+    x0, y0, x1, y1 = np.moveaxis(np.rint(box), -1, 0)
+    wrong = ~((x0 >= 0) & (x0 < x1) & (x1 <= width) & (y0 >= 0) & (y0 < y1) & (y1 <= height))
+    if wrong.any():
+        first = tuple(box[wrong][0].tolist())
+        raise ValueError(f"box {first} is empty or not inside the picture of width {width} and height {height}")
+
+
 def _check_images(images: Sequence[Tensor], size: int) -> None:
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, not {size}")
+    if len(images) == 0:
+        raise ValueError("there is no picture to cut: give at least one")
     for image in images:
         if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or image.numel() == 0:
             raise ValueError(f"a picture must be uint8 (3, H, W) and not empty, not {image.dtype} {tuple(image.shape)}")
