@@ -238,7 +238,7 @@ def test_an_owner_is_in_order_and_whole_or_refused(owner, classes):
     if owner.tolist() == sorted(owner.tolist()) and set(owner.tolist()) == set(range(classes)):
         assert transport.Ragged(owner, classes).count.tolist() == owner.bincount().tolist()
     else:
-        with pytest.raises(ValueError, match=r"owner must be|has no column"):
+        with pytest.raises(ValueError, match=r"owner must be|have no description"):
             transport.Ragged(owner, classes)
 
 

@@ -84,10 +84,9 @@ class Text(NamedTuple):
         """The descriptions as a rectangle: (C, M, D) padded with zeros, and (C, M) bool that is True on real ones.
 
         Raises:
-            ValueError: on the CPU, an owner that is not as described
+            ValueError: on the CPU, an owner that is not as described, or a class without descriptions
         """
-        if self.owner.device.type == "cpu" and (self.owner.diff() < 0).any():
-            raise ValueError("owner must be non-decreasing: descriptions stand class after class")
+        check_described(self)
         counts = self.counts
         mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]  # (C, M)
         rows = self.description.new_zeros(*mask.shape, self.description.shape[-1])
@@ -113,13 +112,36 @@ def check_unit(x: Tensor, name: str, tolerance: float = 1e-2) -> None:
 
 
 def check_described(text: Text) -> None:
-    """Raise for classes without a description, on the CPU only: their mean would be 0 / 0.
+    """`check_owner` of a text's descriptions: the mean of a class without any would be 0 / 0."""
+    check_owner(text.owner, len(text.label))
+
+
+def check_owner(owner: Tensor, classes: int) -> None:
+    """Raise unless descriptions stand class after class and each class has one, on the CPU only.
+
+    Args:
+        owner: (L,) int64
+        classes: C
 
     Raises:
-        ValueError: names them
+        ValueError: names the classes without descriptions
     """
-    if text.owner.device.type == "cpu" and (empty := (text.counts == 0).nonzero().flatten().tolist()):
+    if owner.device.type != "cpu":
+        return
+    if (owner.diff() < 0).any() or (len(owner) and not 0 <= owner[0] <= owner[-1] < classes):
+        raise ValueError(f"owner must be non-decreasing from 0 to {classes - 1}: descriptions stand class after class")
+    if empty := (torch.bincount(owner, minlength=classes) == 0).nonzero().flatten().tolist():
         raise ValueError(f"classes {empty} have no description: give each at least one, for example its own prompt")
+
+
+def check_cropped(views: Views) -> None:
+    """Raise for images without crops.
+
+    Raises:
+        ValueError: quotes the shape
+    """
+    if views.crop.shape[1] == 0:
+        raise ValueError(f"views.crop {tuple(views.crop.shape)} holds no crop: make the views with a plan of n >= 1")
 
 
 def check_labels(label: Tensor, images: int) -> None:

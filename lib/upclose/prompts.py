@@ -38,7 +38,7 @@ import difflib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +50,7 @@ from upclose import paths, seeds, shipped
 
 TEMPLATE = "a photo of a {}."
 SOURCES = ("clip", "clip-e", "clip-d", "clip-d-shuffled", "lazsl", "dnd", "cupl", "waffle")
+PAIRS = 15  # of WaffleCLIP: a descriptor of words and one of letters
 TOKENS = 75  # of CLIP's 77, without start and end
 _FAMILY = {name: "imagenet" for name in ("imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a")}
 _FAMILY |= {"cub-painting": "cub"}
@@ -240,12 +241,11 @@ def fetch(file: Source) -> Path:
 # ----------------------------------------------------------------------------------------------------------- sentences
 
 
-def waffle(class_names: Sequence[str], pairs: int = 15, seed: int = 0) -> dict[str, list[str]]:
+def waffle(class_names: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
     """WaffleCLIP's prompts: the same random descriptors for every class, half of them words, half letters.
 
     Args:
         class_names: C names
-        pairs: of a descriptor of words and one of letters
         seed: of the descriptors
 
     Source: Roth et al., "Waffling around for Performance", section 4.
@@ -253,7 +253,7 @@ def waffle(class_names: Sequence[str], pairs: int = 15, seed: int = 0) -> dict[s
     rng = seeds.rng(seed, "waffle")
     words = shipped.checked(paths.PUBLISHED / "words.txt").read_text().split()
     descriptors = []
-    for _ in range(pairs):
+    for _ in range(PAIRS):
         descriptors.append(" ".join(words[int(k)] for k in rng.choice(len(words), 2, replace=False)))
         letters = ("".join(_LETTERS[int(k)] for k in rng.integers(26, size=int(n))) for n in rng.integers(3, 8, size=2))
         descriptors.append(" ".join(letters))
@@ -320,10 +320,10 @@ def examine(
     dataset: str,
     split: str,
     class_names: Sequence[str],
+    *,
     seed: int = 0,
     variant: str | None = None,
     file: str | Path | None = None,
-    length: Callable[[str], int] | None = None,
 ) -> Checked:
     """`load`, with everything that was repaired.
 
@@ -335,7 +335,6 @@ def examine(
         seed: of WaffleCLIP's descriptors and of the shuffle
         variant: of the published files ("full", "base", "menon", ...); None for the default
         file: of one's own, {class: [sentences]}, instead of a published one
-        length: tokens of a sentence; None counts words and marks, of which each is at least one token
 
     Raises:
         ValueError: an unknown source, or sentences that the linter cannot repair
@@ -349,9 +348,9 @@ def examine(
         case "waffle":
             return Checked(waffle(names, seed=seed), [])
         case "cupl":
-            return lint(_descriptors("cupl", dataset, split, variant, file), names, dataset, length)
+            return lint(_descriptors("cupl", dataset, split, variant, file), names, dataset)
         case "clip-d" | "clip-d-shuffled" | "lazsl" | "dnd":
-            found = lint(_descriptors("clip-d", dataset, split, variant, file), names, dataset, length)
+            found = lint(_descriptors("clip-d", dataset, split, variant, file), names, dataset)
             given = found.sentences
             if source == "clip-d-shuffled":  # a class without descriptors has none to give
                 given = given | shuffled({n: rows for n, rows in given.items() if rows != [TEMPLATE.format(n)]}, seed)
@@ -370,16 +369,15 @@ def _said(source: str, dataset: str, name: str, descriptor: str) -> str:
     return f"{start}{name}, {clause}."
 
 
-def load(
-    source: str,
-    dataset: str,
-    split: str,
-    class_names: Sequence[str],
-    seed: int = 0,
-    variant: str | None = None,
-    file: str | Path | None = None,
-) -> dict[str, list[str]]:
-    """The sentences of a source for the classes of a data set, in the data set's order; `examine` tells the arguments.
+def load(source: str, dataset: str, split: str, class_names: Sequence[str], **options) -> dict[str, list[str]]:
+    """The sentences of a source for the classes of a data set, in the data set's order.
+
+    Args:
+        source: as in `examine`
+        dataset: as in `examine`
+        split: as in `examine`
+        class_names: as in `examine`
+        options: the others of `examine`
 
     Raises:
         ValueError: an unknown source, or sentences that the linter cannot repair
@@ -387,7 +385,7 @@ def load(
     Warns:
         PromptWarning: what was repaired, in one line
     """
-    sentences, findings = examine(source, dataset, split, class_names, seed, variant, file)
+    sentences, findings = examine(source, dataset, split, class_names, **options)
     if findings:
         kinds = [finding.kind for finding in findings]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
@@ -420,7 +418,6 @@ def lint(
     found: Mapping[str, Sequence[str]],
     class_names: Sequence[str],
     dataset: str = "",
-    length: Callable[[str], int] | None = None,
 ) -> Checked:
     """Sentences in the data set's order, repaired as the module's table says.
 
@@ -428,7 +425,6 @@ def lint(
         found: class -> sentences, as they were read
         class_names: C different names
         dataset: Places365's and SUN397's classes may have only their short name ("church" for "church indoor")
-        length: tokens of a sentence
 
     Raises:
         ValueError: a class is missing, or a name stands twice in `class_names`
@@ -455,7 +451,7 @@ def lint(
         findings.append(Finding("order", first, "put in the data set's order; the first class that stood elsewhere"))
     sentences = {}
     for name, key in keys.items():
-        sentences[name], more = _clean(name, found[key], length or _pieces)
+        sentences[name], more = _clean(name, found[key])
         findings += more
     _note(findings)
     return Checked(sentences, findings + _ties(sentences))
@@ -489,10 +485,11 @@ def _remark(text: str, name: str) -> str:
 
 
 def _pieces(sentence: str) -> int:
+    """Words and marks, of which each is at least one token."""
     return len(re.findall(r"\w+|[^\w\s]+", sentence))
 
 
-def _clean(name: str, rows: Sequence[str], length: Callable[[str], int]) -> tuple[list[str], list[Finding]]:
+def _clean(name: str, rows: Sequence[str]) -> tuple[list[str], list[Finding]]:
     out, findings = [], []
     for row in rows:
         text = _bare(row)
@@ -505,9 +502,9 @@ def _clean(name: str, rows: Sequence[str], length: Callable[[str], int]) -> tupl
             continue
         if kind:
             findings.append(Finding(kind, name, f"{row!r} kept"))
-        if length(text) > TOKENS:
+        if _pieces(text) > TOKENS:
             whole, words = text, text.split(" ")
-            while len(words) > 1 and length(" ".join(words)) > TOKENS:
+            while len(words) > 1 and _pieces(" ".join(words)) > TOKENS:
                 words.pop()
             text = " ".join(words)
             findings.append(Finding("long", name, f"{whole!r} cut to {len(words)} words"))

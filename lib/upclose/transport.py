@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from upclose.features import check_owner
+
 # Kernel entries stay above exp(-SAFE), so that products of two of them and of their inverses are ordinary numbers.
 SAFE = {torch.float32: 40.0, torch.float64: 300.0}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -80,20 +82,16 @@ class Ragged:
         classes: C; each of them has at least one column
 
     Raises:
-        ValueError: on the CPU, an owner that is not as described
+        ValueError: on the CPU, an owner that is not as described, or a class without a column
     """
 
     rows = -1
 
     def __init__(self, owner: Tensor, classes: int) -> None:
+        check_owner(owner, classes)
         self.owner, self._column = owner, torch.arange(len(owner), device=owner.device)
         bounds = torch.searchsorted(owner, torch.arange(classes + 1, device=owner.device))
         self._start, self.count = bounds[:-1], bounds.diff()  # (C,)
-        if owner.device.type == "cpu":
-            if (owner[1:] < owner[:-1]).any() or bounds[0] > 0 or bounds[-1] < len(owner):
-                raise ValueError(f"owner must be non-decreasing from 0 to {classes - 1}")
-            if not self.count.all():
-                raise ValueError(f"class {int(self.count.argmin())} of {classes} has no column: give it at least one")
         self.share = 1 / self.spread(self.count).double()  # (L,), each column's part of its class
 
     def sum(self, x: Tensor) -> Tensor:

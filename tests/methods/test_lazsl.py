@@ -158,14 +158,14 @@ def test_own_plans_are_the_plans_of_one_class_an_image():
     views, text = world()
     label = torch.tensor([4, 1, 2, 0])
     for options in ({}, {"selection": False, "hybrid": False, "epsilon": 0.02, "max_iter": 1000}, {"theta": 0.3}):
-        own = lazsl.own_plans(views, text, label, **options)
+        own = lazsl.plans(views, text, label, **options)
         every = lazsl.plans(views, text, **options)
         assert own.shape == (4, 9, 5)
         torch.testing.assert_close(own, every[torch.arange(4), label], atol=1e-5, rtol=0)
         for b, y in enumerate(label.tolist()):
             assert not own[b, :, COUNTS[y] :].any()
     with pytest.raises(ValueError, match=r"theta is 1.5"):
-        lazsl.own_plans(views, text, label, theta=1.5)
+        lazsl.plans(views, text, label, theta=1.5)
 
 
 def clip_like(images=4, crops=60, classes=12, dim=512):
@@ -266,7 +266,7 @@ def test_the_log_domain_in_float32():
     close = dict(atol=1e-3, rtol=0)
     torch.testing.assert_close(lazsl.scores(*once, **options), lazsl.scores(*twice, **options), atol=1e-4, rtol=0)
     torch.testing.assert_close(lazsl.plans(*once, **options).double(), lazsl.plans(*twice, **options), **close)
-    own = lazsl.own_plans(*once, label, **options), lazsl.own_plans(*twice, label, **options)
+    own = lazsl.plans(*once, label, **options), lazsl.plans(*twice, label, **options)
     torch.testing.assert_close(own[0].double(), own[1], **close)
 
 
@@ -284,4 +284,4 @@ def test_descriptions_out_of_order_and_labels_of_another_number_are_refused():
     with pytest.raises(ValueError, match="class after class"):
         text._replace(owner=text.owner.flip(0)).padded()
     with pytest.raises(ValueError, match=r"4 images, but labels \(1,\)"):
-        lazsl.own_plans(views, text, torch.tensor([0]))
+        lazsl.plans(views, text, torch.tensor([0]))

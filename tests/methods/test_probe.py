@@ -122,17 +122,6 @@ def test_predict_is_the_argmax_of_scores_and_chunks_do_not_matter(monkeypatch):
     assert torch.equal(probe.predict(fitted, x), whole)
 
 
-def test_extended_accuracy_is_pooled_over_images():
-    y = torch.zeros(10, dtype=torch.int64)
-    prediction = torch.stack([torch.arange(10) >= 8, torch.arange(10) < 4]).long()
-    inside = torch.arange(10) < 4
-    result = probe.accuracy(prediction, y, inside)
-    torch.testing.assert_close(result.in_domain, torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(result.out_of_domain, torch.tensor([4 / 6, 1.0]))
-    torch.testing.assert_close(result.extended, torch.tensor([0.8, 0.6]))
-    assert probe.accuracy(prediction[0], y, inside).extended == torch.tensor(0.8)
-
-
 def spoil(x, index, value):
     x = x.clone()
     x[index] = value

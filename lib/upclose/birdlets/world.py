@@ -17,6 +17,7 @@ from upclose.birdlets.pictures import DEFAULT, DOMAINS, Knobs, Picture
 
 TRAIN_SIZE = 48
 TRAIN_SIBLINGS = 4  # consecutive training pictures share family and body colour, so that small parts tell them apart
+SHOWN, LEAST = 0.6, 0.045  # of a part's box, and of a view's side: what a caption speaks of
 _TRAIN_DOMAINS = (0.92, 0.02, 0.04, 0.02)  # photo, painting, sketch, clipart
 
 
@@ -139,15 +140,13 @@ def _inside(part: tuple[float, ...], box: tuple[float, ...]) -> float:
     return max(width, 0.0) * max(height, 0.0) / max((part[2] - part[0]) * (part[3] - part[1]), 1e-6)
 
 
-def visible(
-    parts: dict[str, tuple[float, ...]], box: tuple[float, ...], share: float = 0.6, least: float = 0.045
-) -> set[str]:
-    """The parts of which a view shows enough to speak of them: `share` of their box, and `least` of the view's side."""
+def visible(parts: dict[str, tuple[float, ...]], box: tuple[float, ...]) -> set[str]:
+    """The parts of which a view shows enough to speak of them: `SHOWN` of their box, `LEAST` of the view's side."""
     side = box[2] - box[0]
     return {
         name
         for name, part in parts.items()
-        if _inside(part, box) >= share and max(part[2] - part[0], part[3] - part[1]) >= least * side
+        if _inside(part, box) >= SHOWN and max(part[2] - part[0], part[3] - part[1]) >= LEAST * side
     }
 
 

@@ -62,11 +62,6 @@ def words_of(sentence: str) -> list[str]:
     return _WORD.findall(sentence.lower())
 
 
-def count_tokens(sentence: str) -> int:
-    """How many tokens a sentence takes, begin and end included; more than `CONTEXT` are cut."""
-    return len(words_of(sentence)) + 2
-
-
 def tokenizer(words: Sequence[str], context: int = CONTEXT) -> Callable[[Sequence[str]], Tensor]:
     """A function from L sentences to (L, context) int64 tokens.
 

@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from upclose import transport
-from upclose.features import Text, Views, check_described
+from upclose.features import Text, Views, check_cropped, check_described
 from upclose.methods import tip_adapter
 from upclose.methods.entry import Method
 
@@ -140,7 +140,7 @@ def local_cache(views: Views, label: Tensor, text: Text) -> Cache:
 
     Source: D&D, section 4.2.
     """
-    _check(views, text)
+    check_cropped(views)
     if len(label) != len(views.crop):
         raise ValueError(f"{len(views.crop)} images but {len(label)} labels: give one label an image")
     if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(text.label):
@@ -261,18 +261,11 @@ def stream(
     return torch.cat(fused)
 
 
-def _check(views: Views, text: Text) -> None:
-    if views.crop.shape[1] == 0:
-        raise ValueError("the views hold no crop: make them with a plan of n >= 1")
-    check_described(text)
-
-
 def _places(text: Text) -> tuple[Tensor, Tensor]:
     """The descriptions as a rectangle: rows of `text.description` (M, C), in which padding repeats a class's last one,
     and the mass of each place (M, C), 0 on padding.
     """
-    if text.owner.device.type == "cpu" and (text.owner.diff() < 0).any():
-        raise ValueError("owner must be non-decreasing: descriptions stand class after class")
+    check_described(text)
     counts = text.counts
     place = torch.arange(int(counts.max()), device=counts.device)[:, None]
     first = counts.cumsum(0) - counts
@@ -289,7 +282,7 @@ def _by_tile(views: Views, text: Text, solve: Callable[[Tensor, Tensor], Tensor]
             mass (M, c), 0 on padding -> (b, c, ...)
         scale: of the cosines
     """
-    _check(views, text)
+    check_cropped(views)
     row, column = _places(text)
     n, pairs = views.crop.shape[1], max(1, CHUNK // (views.crop.shape[1] * len(row)))
     classes = max(1, pairs // max(1, min(IMAGES, len(views.crop))))

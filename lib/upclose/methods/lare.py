@@ -69,20 +69,9 @@ class Mixed(NamedTuple):
 
 
 def fit_boxes(
-    x: Tensor,
-    y: Tensor,
-    label: Tensor,
-    alpha: float = 0.9,
-    seeds: Sequence[int] = SEEDS,
-    *,
-    epochs: int = 100,
-    batch_size: int = 512,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.05,
-    hidden: int | None = None,
-    logit_scale: float = 1.0,
+    x: Tensor, y: Tensor, label: Tensor, alpha: float = 0.9, seeds: Sequence[int] = SEEDS, **options
 ) -> Boxes:
-    """Stage 1: the boxes of the training images themselves, for all seeds at once.
+    """Stage 1: the boxes of the training images themselves, for all seeds at once: f_Box is `fit_network`'s.
 
     Args:
         x: (N, D) unit norm
@@ -90,38 +79,18 @@ def fit_boxes(
         label: (C, D) unit norm
         alpha: in [0, 1]: 0 only enlarges the boxes, 1 only keeps their classes
         seeds: S different integers
-        epochs: passes over the images
-        batch_size: images a step
-        learning_rate: of AdamW
-        weight_decay: of AdamW
-        hidden: units between f_Box's layers, None = D / 2
-        logit_scale: multiplies the cosines before the softmax of eqs. 4-6
+        options: the others of `fit_network`
 
     Returns:
         Corners (S, N, D), 8 S N D bytes in float32.
 
     Raises:
-        ValueError: as `fit_network`, whose f_Box gives them; its `Deviates` says what the paper leaves open
+        ValueError: as `fit_network`
 
     Source:
         LARE, section 3.1, eqs. 1-7; section 4.1.
     """
-    return f_box(
-        fit_network(
-            x,
-            y,
-            label,
-            alpha,
-            seeds,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            hidden=hidden,
-            logit_scale=logit_scale,
-        ),
-        x,
-    )
+    return f_box(fit_network(x, y, label, alpha, seeds, **options), x)
 
 
 def fit_network(

@@ -92,6 +92,7 @@ def scores(
 def plans(
     views: Views,
     text: Text,
+    label: Tensor | None = None,
     *,
     theta: float = 0.8,
     epsilon: float = 0.1,
@@ -100,11 +101,12 @@ def plans(
     max_iter: int = 100,
     tolerance: float = 1e-5,
 ) -> Tensor:
-    """The transport plans behind `scores`, for explanations: T[b, c, n, j] is the mass between crop n and attribute j.
+    """The transport plans T behind `scores`, for explanations: the mass between crop n and attribute j of a class.
 
     Args:
         views: as in `scores`
         text: as in `scores`
+        label: (B,) int64, the one class of each image whose plan is wanted; None is all classes
         theta: as in `scores`
         epsilon: as in `scores`
         selection: as in `scores`
@@ -113,72 +115,26 @@ def plans(
         tolerance: as in `scores`
 
     Returns:
-        (B, C, N, M), M the longest class; zero on the padding of shorter classes and on dropped crops. Each
-        (b, c) sums to 1. The result is B * C * N * M numbers: ask for a few images at a time.
-
-    Raises:
-        ValueError: as `scores`
-
-    Source: LaZSL, eqs. 11-14.
-    """
-    theta, epsilon = _weights(theta, hybrid, epsilon)
-    _check(views, text)
-    columns = transport.Ragged(text.owner, len(text.label))
-    first = columns.count.cumsum(0) - columns.count
-    slot = torch.arange(len(text.owner), device=first.device) - columns.spread(first)
-    images, crops = views.crop.shape[:2]
-    result = views.crop.new_zeros(images, len(text.label), crops, int(columns.count.max()))
-    for rows in torch.arange(images, device=first.device).split(_step(views, text)):
-        part = views.select(rows)
-        logit, row = _logit(text.description * (theta / epsilon), part.crop), crop_mass(part, selection=selection)
-        plan, _ = transport.sinkhorn_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
-        result[rows[:, None], text.owner, :, slot] = plan.transpose(0, 1)
-    return result
-
-
-def own_plans(
-    views: Views,
-    text: Text,
-    label: Tensor,
-    *,
-    theta: float = 0.8,
-    epsilon: float = 0.1,
-    selection: bool = True,
-    hybrid: bool = True,
-    max_iter: int = 100,
-    tolerance: float = 1e-5,
-) -> Tensor:
-    """`plans` of one class an image, without those of all others.
-
-    Args:
-        views: as in `scores`
-        text: as in `scores`
-        label: (B,) int64, the class whose plan is wanted: the true one, or the predicted one
-        theta: as in `scores`
-        epsilon: as in `scores`
-        selection: as in `scores`
-        hybrid: as in `scores`
-        max_iter: as in `scores`
-        tolerance: as in `scores`
-
-    Returns:
-        (B, N, M), M the longest class; zero on the padding of shorter classes and on dropped crops
+        (B, C, N, M), or (B, N, M) with `label`, M the longest class; zero on the padding of shorter classes and on
+        dropped crops. Each plan sums to 1. All classes are B * C * N * M numbers: ask for a few images at a time.
 
     Raises:
         ValueError: as `scores`, and another number of labels than of images
 
-    Source: LaZSL, eqs. 11-14.
+    Source:
+        LaZSL, eqs. 11-14.
     """
     theta, epsilon = _weights(theta, hybrid, epsilon)
     _check(views, text)
-    features.check_labels(label, len(views.image))
-    description, mask = text.padded()
-    column = mask[label] / mask[label].sum(-1, keepdim=True)
-    crop = torch.lerp(views.image[:, None], views.crop, theta)  # (10, 16)
-    cost = 1 - crop @ description[label].mT
-    return transport.sinkhorn(
-        cost, crop_mass(views, selection=selection), column, epsilon, max_iter, tolerance, bound=2.0
-    )[0]
+    description, mask = text.padded()  # (C, M, D), (C, M)
+    crop, row = torch.lerp(views.image[:, None], views.crop, theta), crop_mass(views, selection=selection)  # (10, 16)
+    if label is None:
+        crop, row = crop[:, None], row[:, None]
+    else:
+        features.check_labels(label, len(views.image))
+        description, mask = description[label], mask[label]
+    cost, column = 1 - crop @ description.mT, mask / mask.sum(-1, keepdim=True)
+    return transport.sinkhorn(cost, row, column, epsilon, max_iter, tolerance, bound=2.0)[0]
 
 
 def crop_mass(views: Views, *, selection: bool = True) -> Tensor:
@@ -226,8 +182,7 @@ def _step(views: Views, text: Text) -> int:
 
 def _check(views: Views, text: Text) -> None:
     """Refuse images without crops and, on the CPU, embeddings that are not of unit norm."""
-    if views.crop.shape[1] == 0:
-        raise ValueError(f"views.crop has shape {tuple(views.crop.shape)}: give every image at least one crop")
+    features.check_cropped(views)
     features.check_described(text)
     for name, x in (("views.image", views.image), ("views.crop", views.crop), ("text.description", text.description)):
         features.check_unit(x, name)

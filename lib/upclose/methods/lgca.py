@@ -128,21 +128,11 @@ def survivors(
     return out
 
 
-def lazy_ladder(
-    encode: Callable[[int, Tensor], Tensor],
-    image: Tensor,
-    text: Text,
-    crops: int,
-    levels: int,
-    *,
-    top_k: TopK = "halving",
-    image_scale: float = 1.0,
-    text_scale: float = 1.0,
-) -> Ladder:
+def lazy_ladder(encode: Callable[[int, Tensor], Tensor], image: Tensor, text: Text, crops: int, levels: int) -> Ladder:
     """One image's ladder with the crops alone that some class selects: its `scores` are those of the whole ladder.
 
-    It saves encodings for these classes and this setting (a third, with 37 classes and 100 crops that grow by 1.1); a
-    whole ladder in the bank serves all classes and all settings.
+    It saves encodings for these classes and the paper's topK (a third, with 37 classes and 100 crops that grow by 1.1);
+    a whole ladder in the bank serves all classes and all settings.
 
     Args:
         encode: (step t from 0, crop numbers (k,)) -> (k, D) unit norm, the crops expanded t times
@@ -150,21 +140,19 @@ def lazy_ladder(
         text: C classes and their descriptions
         crops: N
         levels: T
-        top_k: as in `scores`
-        image_scale: of eq. 7
-        text_scale: of eq. 8
 
     Returns:
         crop (1, T, N, D), zeros where no class looks, and the image; no boxes
+
+    Raises:
+        ValueError: on the CPU, a class without descriptions
     """
     ladder = Ladder(image[None], image.new_zeros(1, levels, crops, len(image)))
     wanted = torch.arange(crops, device=image.device)
     for t in range(levels):
         ladder.crop[0, t, wanted] = encode(t, wanted).to(image.dtype)
         if t + 1 < levels:
-            known = top_k if isinstance(top_k, (str, int)) else top_k[: t + 1]
-            so_far = ladder._replace(crop=ladder.crop[:, : t + 2])
-            chosen = survivors(so_far, text, top_k=known, image_scale=image_scale, text_scale=text_scale)
+            chosen = survivors(ladder._replace(crop=ladder.crop[:, : t + 2]), text)
             wanted = chosen[0, t + 1].nonzero()[:, 0]
     return ladder
 

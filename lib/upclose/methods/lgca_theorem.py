@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cmp_to_key
-from math import log, log2
+from math import log2
 from typing import NamedTuple
 
 import numpy as np
@@ -68,11 +68,6 @@ def equation_9(crops: int, descriptions: int) -> Counts:
     before = [crops >> j for j in range(lgca.steps(crops))]
     after = [crops >> j for j in range(1, lgca.steps(crops) + 1)]
     return Counts(sum(before), sum(before) * descriptions, sum(_sort(n * descriptions) for n in after))
-
-
-def theorem_1(crops: int, descriptions: int, image: float = 1.0, text: float = 1.0) -> float:
-    """N^I M^L + N M (log M + log N), the bound of Theorem 1 without its constant; natural logarithms."""
-    return crops**image * descriptions**text + crops * descriptions * (log(descriptions) + log(crops))
 
 
 def count(ladder: Tensor, image: Tensor, label: Tensor, description: Tensor) -> tuple[float, list[Counts]]:

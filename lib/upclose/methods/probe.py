@@ -39,20 +39,6 @@ class Probe(NamedTuple):
     accuracy: Tensor
 
 
-class Accuracy(NamedTuple):
-    """Accuracies 0 .. 1, each (...,), one a seed where the predictions have seeds.
-
-    Attributes:
-        in_domain: over the images of the training domain
-        out_of_domain: over the images of all other domains, pooled
-        extended: over all images, pooled (not the mean of the two)
-    """
-
-    in_domain: Tensor
-    out_of_domain: Tensor
-    extended: Tensor
-
-
 def fit(
     x: Tensor,
     y: Tensor,
@@ -139,25 +125,6 @@ def scores(probe: Probe, x: Tensor) -> Tensor:
 def predict(probe: Probe, x: Tensor) -> Tensor:
     """(B, D) -> (S, B) int64, the class of each image by each seed; 8192 images at a time."""
     return torch.cat([scores(probe, rows).argmax(2) for rows in x.split(CHUNK)], 1)
-
-
-def accuracy(prediction: Tensor, y: Tensor, inside: Tensor) -> Accuracy:
-    """Accuracy inside the training domain, outside it, and over both.
-
-    Args:
-        prediction: (..., B) int64
-        y: (B,) int64
-        inside: (B,) bool, the image is of the training domain
-
-    Returns:
-        Each (...,); nan where there is no image.
-
-    Source:
-        LARE, table 1. "Extended" is the accuracy on both domains, pooled over images: the printed 60.40 of 63.27 and
-        55.10 is not their mean.
-    """
-    right = (prediction == y).float()
-    return Accuracy(right[..., inside].mean(-1), right[..., ~inside].mean(-1), right.mean(-1))
 
 
 def _with_samples(
