@@ -7,7 +7,7 @@ NUMBERED := $(sort $(wildcard notebooks/0*.ipynb))
 OTHERS := $(sort $(wildcard notebooks/ablations/*.ipynb notebooks/complexity/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce ablations test test-all bench lint lab clean
+.PHONY: help reproduce ablations test test-all bench site lint lab clean
 
 help:  ## this page
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,13 @@ test-all: test  ## the same, the slow tests, and nbval over solutions and ablati
 bench: $(VENV)/.ready  ## benchmarks, as ratios measured in one run
 	@for file in tests/benchmarks/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
+site: $(VENV)/.site  ## the book, into site/, from the notebooks as they are committed
+	PYTHONPATH=lib $(BIN)/python -m sphinx -q -W --keep-going -d .doctrees -b html notebooks site
+
+$(VENV)/.site: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e '.[cluster,dev,site]'
+	@touch $@
+
 lint: $(VENV)/.ready  ## mend style and check imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -54,4 +61,4 @@ lab: $(VENV)/.ready  ## open the notebooks
 	$(BIN)/jupyter lab notebooks
 
 clean:  ## remove .venv and caches; results and banks stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site .doctrees .pytest_cache .ruff_cache .import_linter_cache
