@@ -137,7 +137,7 @@ def docstring(app, what, name, obj, options, lines) -> None:
             lines += ["", "Shown in " + ", ".join(f":doc:`/{stem}`" for stem in dict.fromkeys(main)) + ".", ""]
     text = "\n".join(lines).replace("|", r"\|") if what != "module" else "\n".join(lines)
     text = re.sub(
-        r"^(Source|Deviates): *(.*(?:\n[ ]*\S.*)*?)(?=\n\s*\n|\n(?:Source|Deviates):|\Z)",
+        r"^(Source|Deviates): +(\S.*(?:\n[ ]*\S.*)*?)(?=\n\s*\n|\n(?:Source|Deviates):|\Z)",
         _field,
         text,
         flags=re.MULTILINE,

@@ -134,6 +134,7 @@ def fit_network(
 
     Deviates:
         The paper is silent about
+
         - alpha: 0.9. Without a logit scale the class terms pull weakly: on made-up
           embeddings around their labels most corners had left their class at 0.5, and 95 % kept it at 0.9;
         - f_Box: two layers with a ReLU, D / 2 hidden units, as LADS' released augmentation network for D = 768;
@@ -143,6 +144,7 @@ def fit_network(
           centre of norm 0, at alpha 0, is an ordinary value: it scores all classes alike);
         - the corners' order: eq. 2 needs X^- <= X^+ in every dimension, but nothing in eqs. 3-7 asks f_Box for it. The
           box is taken to be what the two corners span, whichever is larger.
+
         Eqs. 4-6 print T_theta(y_i) inside the softmax: it runs over the label embeddings of all C classes.
     """
     if not 0 <= alpha <= 1:
