@@ -19,6 +19,7 @@ EPILOG = """examples
   upclose run params/papers/lare-table1.yaml -p dataset=cub-painting -p device=cuda
   upclose compare                                           the papers' tables with what the runs measured
   upclose bank ls                                           encoded features on this machine
+  upclose explain bird.jpg --classes mine.json --out page   what the methods match in a picture of yours
   upclose doctor                                            what this machine can run, and what is missing
 
 A run is written to results/<date>/<run>/: notebook.ipynb, params.yaml, metrics.csv, figures/, run.json (last).
@@ -135,6 +136,17 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(options: argparse.Namespace) -> int:
+    from upclose import encode, explorer, images, prompts
+
+    classes, pixels = prompts.read(options.classes), images.load_image(options.picture)
+    encoder = encode.load(options.backbone, options.pretrained, options.device)
+    case = explorer.explain(encoder, pixels, options.picture.name, classes, method=options.method)
+    print(case.facts["why"])
+    print(f"page: {explorer.write(options.out, [case])}")
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from upclose import doctor
 
@@ -235,6 +247,16 @@ def parser() -> argparse.ArgumentParser:
     for action in (build, ls, verify, rm):
         action.add_argument("--root", type=_place, help="folder or fsspec URL (default: UPCLOSE_BANK, else the cache)")
     bank.set_defaults(function=_bank)
+
+    explain = commands.add_parser("explain", help="a page that shows what the methods match in a picture of yours")
+    explain.add_argument("picture", type=Path)
+    explain.add_argument("--classes", type=Path, required=True, help="JSON, {class: [sentences]}")
+    explain.add_argument("--method", default="LaZSL", help="that chooses the two classes shown (default LaZSL)")
+    explain.add_argument("--backbone", default="birdlets-tiny")
+    explain.add_argument("--pretrained")
+    explain.add_argument("--device")
+    explain.add_argument("--out", type=_folder, required=True, help="folder of the page")
+    explain.set_defaults(function=_explain)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and which published tables it could run")
     doctor.add_argument("--tables", action="store_true", help="each published table: what it needs and what is missing")

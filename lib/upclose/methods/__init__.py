@@ -29,17 +29,17 @@ def __getattr__(name: str) -> dict[str, Method]:
 
 
 def get(name: str) -> Method:
-    """A method by its name.
+    """A method by its name, in any case.
 
     Raises:
         ValueError: there is none; names the nearest
     """
-    if name in (known := _collect()):
-        return known[name]
-    close = difflib.get_close_matches(name, known, 1)
-    raise ValueError(
-        f"no method {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
-    )
+    known = {method.name.casefold(): method for method in _collect().values()}
+    if name.casefold() in known:
+        return known[name.casefold()]
+    close = difflib.get_close_matches(name.casefold(), known, 1)
+    there = ", ".join(_collect())
+    raise ValueError(f"no method {name!r}; " + (f"did you mean {known[close[0]].name!r}?" if close else f"there are {there}"))
 
 
 def find(row: str) -> Method | None:
