@@ -46,7 +46,8 @@ bench: $(VENV)/.ready  ## benchmarks, as ratios measured in one run
 	@for file in tests/benchmarks/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 site: $(VENV)/.site  ## the book, into site/, from the notebooks as they are committed
-	PYTHONPATH=lib $(BIN)/python -m sphinx -q -W --keep-going -d .doctrees -b html notebooks site
+	$(BIN)/python -m sphinx -q -W --keep-going -d .doctrees -b html notebooks site
+	$(BIN)/python -m upclose.explorer site/explorer
 
 $(VENV)/.site: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[cluster,dev,site]'

@@ -203,6 +203,7 @@ def finish(app, error) -> None:
     shutil.copytree(
         ROOT / "results", out / "results", ignore=shutil.ignore_patterns(".*", "notebook.ipynb"), dirs_exist_ok=True
     )
+    shutil.rmtree(out.parent / "jupyter_execute", ignore_errors=True)  # myst-nb's copy of the notebooks
     mathjax = out / "_static" / "mathjax"
     kept = {"tex-chtml.js", "output", "input"}
     for path in mathjax.iterdir():

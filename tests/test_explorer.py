@@ -84,13 +84,19 @@ def test_kinds_tell_who_alone_is_right_or_wrong():
     right = {name: torch.zeros(4, dtype=torch.bool) for name in explorer.RIVALS}
     right["LaZSL"][0] = True  # picture 0: only LaZSL
     for name in explorer.RIVALS:
-        right[name][1] = name != "LGCA"
+        right[name][1] = name != "LaZSL"
         right[name][2] = True
     found = explorer.kinds(right)
     assert {kind: mask.nonzero()[:, 0].tolist() for kind, mask in found.items() if mask.any()} == {
-        "only LaZSL": [0], "not LGCA": [1], "all": [2], "none": [3],
+        "only LaZSL": [0], "not LaZSL": [1], "all": [2], "none": [3],
     }  # fmt: skip
     assert explorer.KINDS.keys() <= found.keys()
+    assert {kind for _, kind, *_ in explorer.STOPS} <= explorer.KINDS.keys()
+
+
+def test_a_tour_has_the_stops_that_have_a_picture(one):
+    found = [("only D&D", one), ("only D&D", one._replace(id="second"))]
+    assert [(stop["title"], stop["id"]) for stop in explorer.tour(found)] == [("Small crops", one.id)]
 
 
 # -------------------------------------------------------------------------------------------------------- in a browser

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 import upclose
 from upclose import cli, datasets, encode, evaluate, prompts
 from upclose.features import Plan

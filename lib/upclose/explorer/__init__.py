@@ -184,7 +184,7 @@ def explain(
 RIVALS = ("CLIP-D", "WCA", "LGCA", "LaZSL", "D&D")
 KINDS = {
     "only LaZSL": "Only LaZSL names this bird; the other four methods do not.",
-    "not LGCA": "LGCA alone is wrong here: the other four methods name the bird.",
+    "LGCA misled": "WCA names this bird; LGCA, which expands WCA's crops, does not.",
     "only D&D": "Only D&D names this bird.",
     "only WCA": "Only WCA names this bird.",
     "not CLIP-D": "Every method that reads crops names this bird; CLIP-D, which reads the whole picture, does not.",
@@ -199,7 +199,7 @@ def kinds(right: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Which pictures show which kind of disagreement: {kind: (n,) bool}, for who is right {method: (n,) bool}."""
     table = torch.stack([right[name] for name in RIVALS])  # (5, n)
     count = table.sum(0)
-    found = {"none": count == 0, "all": count == len(RIVALS)}
+    found = {"none": count == 0, "all": count == len(RIVALS), "LGCA misled": right["WCA"] & ~right["LGCA"]}
     for row, name in zip(table, RIVALS):
         found |= {f"only {name}": row & (count == 1), f"not {name}": ~row & (count == len(RIVALS) - 1)}
     return found
@@ -247,56 +247,62 @@ def _bird(encoder, data, i: int, text: Text, said, scores: Mapping[str, Tensor],
     return case(encoder, data.load(i), data.key[i], two, short, truth=0, why=why, parts=data.parts(i))
 
 
+STOPS = (
+    (
+        "A plan",
+        "only LaZSL",
+        "LaZSL",
+        {},
+        "Move over a description. LaZSL gives each the same mass, 1/M, and the crops that resemble it most take it. Crops "
+        "that are less like the picture than its average crop have none: they are faint.",
+        "02_lazsl",
+    ),
+    (
+        "Entropy",
+        "only LaZSL",
+        "LaZSL",
+        {"epsilon": 100},
+        "Epsilon is 1 here and every crop has the same share of every description: transport has become the mean. Draw "
+        "epsilon down to 0.01 and watch single crops claim single attributes.",
+        "02_lazsl",
+    ),
+    (
+        "The whole picture's share",
+        "not CLIP-D",
+        "LaZSL",
+        {"theta": 0},
+        "With theta at 0 only the whole picture counts, LaZSL is CLIP-D, and it is wrong. Raise theta: the crops, which hold "
+        "the bird larger, change the answer.",
+        "02_lazsl",
+    ),
+    (
+        "Expansion misleads LGCA",
+        "LGCA misled",
+        "LGCA",
+        {"step": 100},
+        "WCA names this bird and LGCA does not. Draw the step from first to last: fewer and fewer crops remain, each class "
+        "keeps its own, and expanded they soon are the whole picture.",
+        "01_lgca",
+    ),
+    (
+        "Small crops",
+        "only D&D",
+        "D&D",
+        {},
+        "D&D takes nine crops of 10 to 75 % of the area. Every crop must give its mass away, also one that shows only "
+        "landscape: move over such a crop to see to which description it goes.",
+        "03_dnd",
+    ),
+)
+"""The guided tour: title, kind of picture, method, positions of sliders, what is said, the notebook."""
+
+
 def tour(found: Sequence[tuple[str, Case]]) -> list[dict]:
-    """Five guided stops through the pictures of `gallery`."""
-    first = {}
-    for kind, each in found:
-        first.setdefault(kind, each.id)
-    any_id = found[0][1].id
+    """The stops for which `gallery` found a picture."""
+    first = dict(reversed([(kind, each.id) for kind, each in found]))
+    keys = ("title", "id", "method", "at", "said", "link")
     return [
-        {
-            "title": "A plan",
-            "id": first.get("only LaZSL", any_id),
-            "method": "LaZSL",
-            "at": {},
-            "said": "Move over a description. LaZSL gives each the same mass, 1/M, and the crops that resemble it most "
-            "take it. Crops that are less like the picture than its average crop have none: they are faint.",
-            "link": "../02_lazsl.html",
-        },
-        {
-            "title": "Entropy",
-            "id": first.get("only LaZSL", any_id),
-            "method": "LaZSL",
-            "at": {"epsilon": 100},
-            "said": "Epsilon is 1 here and every crop has the same share of every description: transport has become "
-            "the mean. Draw epsilon down to 0.01 and watch single crops claim single attributes.",
-            "link": "../02_lazsl.html",
-        },
-        {
-            "title": "The whole picture's share",
-            "id": first.get("not CLIP-D", any_id),
-            "method": "LaZSL",
-            "at": {"theta": 0},
-            "said": "With theta at 0 only the whole picture counts and LaZSL is CLIP-D. Raise theta: the crops, which "
-            "hold the bird larger, change the answer.",
-            "link": "../02_lazsl.html",
-        },
-        {
-            "title": "A crop misleads LGCA",
-            "id": first.get("not LGCA", any_id),
-            "method": "LGCA",
-            "at": {"step": 100},
-            "said": "LGCA alone is wrong here. Draw the step from first to last: fewer and fewer crops remain, each "
-            "expanded again, and both classes choose their own.",
-            "link": "../01_lgca.html",
-        },
-        {
-            "title": "Small crops",
-            "id": first.get("only D&D", any_id),
-            "method": "D&D",
-            "at": {},
-            "said": "D&D takes nine crops of 10 to 75 % of the area. Every crop must give its mass away, also one that "
-            "shows only landscape: move over such a crop to see to which description it goes.",
-            "link": "../03_dnd.html",
-        },
+        dict(zip(keys, (title, first[kind], method, at, said, f"../{notebook}.html")))
+        for title, kind, method, at, said, notebook in STOPS
+        if kind in first
     ]

@@ -39,7 +39,9 @@ def get(name: str) -> Method:
         return known[name.casefold()]
     close = difflib.get_close_matches(name.casefold(), known, 1)
     there = ", ".join(_collect())
-    raise ValueError(f"no method {name!r}; " + (f"did you mean {known[close[0]].name!r}?" if close else f"there are {there}"))
+    raise ValueError(
+        f"no method {name!r}; " + (f"did you mean {known[close[0]].name!r}?" if close else f"there are {there}")
+    )
 
 
 def find(row: str) -> Method | None:
