@@ -253,8 +253,8 @@ STOPS = (
         "only LaZSL",
         "LaZSL",
         {},
-        "Move over a description. LaZSL gives each the same mass, 1/M, and the crops that resemble it most take it. Crops "
-        "that are less like the picture than its average crop have none: they are faint.",
+        "Move over a description. LaZSL gives each the same mass, 1/M, and the crops that resemble it most take it. "
+        "Crops that are less like the picture than its average crop have none: they are faint.",
         "02_lazsl",
     ),
     (
@@ -271,8 +271,8 @@ STOPS = (
         "not CLIP-D",
         "LaZSL",
         {"theta": 0},
-        "With theta at 0 only the whole picture counts, LaZSL is CLIP-D, and it is wrong. Raise theta: the crops, which hold "
-        "the bird larger, change the answer.",
+        "With theta at 0 only the whole picture counts, LaZSL is CLIP-D, and it is wrong. Raise theta: the crops, "
+        "which hold the bird larger, change the answer.",
         "02_lazsl",
     ),
     (
@@ -280,8 +280,8 @@ STOPS = (
         "LGCA misled",
         "LGCA",
         {"step": 100},
-        "WCA names this bird and LGCA does not. Draw the step from first to last: fewer and fewer crops remain, each class "
-        "keeps its own, and expanded they soon are the whole picture.",
+        "WCA names this bird and LGCA does not. Draw the step from first to last: fewer and fewer crops remain, each "
+        "class keeps its own, and expanded they soon are the whole picture.",
         "01_lgca",
     ),
     (
