@@ -49,3 +49,21 @@ def test_text_and_ladder_move_with_all_of_their_parts():
     text = Text(unit(2), unit(2), torch.arange(2)).to("meta")
     ladder = Ladder(unit(2), unit(2, 2, 3), torch.zeros(2, 2, 3, 4)).to("meta")
     assert {part.device.type for part in (*text, *ladder)} == {"meta"}
+
+
+def test_a_ladder_that_is_cut_and_flat_holds_the_same_crops():
+    ladder = Ladder(unit(2), unit(2, 3, 4), torch.rand(2, 3, 4, 4, generator=DRAW))
+    part = ladder.select(slice(1, 2)).cut(levels=2, crops=3)
+    assert torch.equal(part.crop, ladder.crop[1:, :2, :3])
+    assert torch.equal(part.box, ladder.box[1:, :2, :3])
+    assert torch.equal(ladder.flat().crop[:, 5], ladder.crop[:, 1, 1])
+    assert torch.equal(ladder.flat().box[:, 5], ladder.box[:, 1, 1])
+
+
+def test_equal_boxes_of_an_image_are_one_encoding():
+    box = torch.tensor([[[0, 0, 4, 4], [1, 1, 5, 5]], [[0, 0, 4, 4], [0, 0, 6, 6]]]).expand(2, 2, 2, 4).float().clone()
+    box[1, :, 1] = box[1, :, 0]
+    ladder = Ladder(unit(2), unit(2, 2, 2), box)
+    assert ladder.distinct() == (3 + 1) / 2
+    mask = torch.tensor([[True, False], [True, True]]).expand(2, 2, 2)
+    assert ladder.distinct(mask) == (2 + 1) / 2

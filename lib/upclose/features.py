@@ -201,6 +201,23 @@ class Ladder(NamedTuple):
         """The crops of one expansion step as `Views`."""
         return Views(self.image, self.crop[:, step], None if self.box is None else self.box[:, step])
 
+    def flat(self) -> Views:
+        """All T * N crops as `Views`, as if they had been drawn at their sizes."""
+        return Views(self.image, self.crop.flatten(1, 2), None if self.box is None else self.box.flatten(1, 2))
+
+    def select(self, index: slice | Tensor) -> Ladder:
+        """The same ladder of some of the images."""
+        return Ladder(*(None if part is None else part[index] for part in self))
+
+    def cut(self, *, levels: int | None = None, crops: int | None = None) -> Ladder:
+        """The first levels and the first crops, as if only those had been expanded and drawn."""
+        return Ladder(self.image, *(None if part is None else part[:, :levels, :crops] for part in self[1:]))
+
+    def distinct(self, mask: Tensor | None = None) -> float:
+        """Encodings an image: the mean number of distinct boxes, of those in `mask` (B, T, N) where it is given."""
+        rows = self.box.flatten(1, 2) if mask is None else [box[kept] for box, kept in zip(self.box, mask)]
+        return sum(len(row.unique(dim=0)) for row in rows) / len(rows)
+
     def to(self, device: torch.device | str) -> Ladder:
         """The same ladder on a device."""
         return Ladder(*_on(device, self))

@@ -142,3 +142,11 @@ def test_contact_sheet():
         )
     ]
     assert shown == [["photo"]] * 6 + [["clipart"]] * 3 + [["painting"]] * 3
+
+
+def test_a_crowd_begins_with_the_held_out_species_and_has_no_name_twice():
+    held = birdlets.held_out()
+    crowd = birdlets.crowd(245)
+    assert crowd[:240] == held["test"] + held["validation"]
+    assert len({bird.name for bird in crowd}) == len({bird.traits for bird in crowd}) == 245
+    assert birdlets.crowd(3) == held["test"][:3]

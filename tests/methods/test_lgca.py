@@ -262,3 +262,20 @@ def test_the_walk_runs_on_a_device_without_reading_values_back():
         steps = list(lgca._walk(torch.empty(2, 3, 12, 16), torch.empty(2, 16), row, real, [6, 3], 1.0))
     assert [(score.device.type, score.shape) for score, _ in steps] == [("cuda", (2, 5))] * 3
     assert [member.shape for _, member in steps] == [(2, 5, 12), (2, 5, 6), (2, 5, 3)]
+
+
+def test_schedules_are_weights_of_the_steps():
+    rows = lgca.schedules(3)
+    assert rows["halving"] == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+    assert rows["doubling"] == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert rows["falling"] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+    assert rows["rising"] == rows["falling"][::-1]
+    assert rows["step 2 only"] == [0, 1, 0]
+
+
+def test_a_margin_adds_the_same_number_of_pixels_to_every_crop_until_it_is_the_picture():
+    box = torch.tensor([[40.0, 40, 50, 50], [30, 30, 60, 60]])
+    side = lgca.margin_boxes(box, 8, 3, 100, 100)[..., 2:] - lgca.margin_boxes(box, 8, 3, 100, 100)[..., :2]
+    assert torch.allclose(side[..., 0], torch.tensor([[10.0, 30], [18, 38], [26, 46]]))
+    assert torch.equal(side[..., 0], side[..., 1])
+    assert lgca.margin_boxes(box, 200, 2, 100, 90)[1].tolist() == [[0, 0, 90, 100]] * 2

@@ -7,7 +7,16 @@ hard a picture is, and `Birdlets.parts` where each part of a bird is.
 from upclose.birdlets.captions import TEMPLATES, descriptors, named_parts, part_of, phrases, sentences, vocabulary
 from upclose.birdlets.pictures import DEFAULT, DOMAINS, PARTS, PROTOTYPE, SCENES, Knobs, Picture, draw
 from upclose.birdlets.species import COLOURS, FAMILIES, Species, Traits, held_out
-from upclose.birdlets.world import TRAIN_SIBLINGS, TRAIN_SIZE, Birdlets, contact_sheet, dataset, training_views, visible
+from upclose.birdlets.world import (
+    TRAIN_SIBLINGS,
+    TRAIN_SIZE,
+    Birdlets,
+    contact_sheet,
+    crowd,
+    dataset,
+    training_views,
+    visible,
+)
 
 __all__ = [
     "COLOURS",
@@ -26,6 +35,7 @@ __all__ = [
     "Species",
     "Traits",
     "contact_sheet",
+    "crowd",
     "dataset",
     "descriptors",
     "draw",

@@ -133,6 +133,18 @@ def dataset(
     return Birdlets(split, domain, n, seed, knobs, classes)
 
 
+def crowd(count: int) -> tuple[species.Species, ...]:
+    """So many species with different names: those for tests, those for validation, and then newly drawn ones."""
+    held_out = species.held_out()
+    found = {bird.name: bird for bird in (*held_out["test"], *held_out["validation"])}
+    k = 0
+    while len(found) < count:
+        traits = species.draw_traits(seeds.rng(0, "more species", k := k + 1))
+        name = species.name_of(traits, "beak")
+        found.setdefault(name, species.Species(name, traits, "beak", -1))
+    return tuple(found.values())[:count]
+
+
 def _inside(part: tuple[float, ...], box: tuple[float, ...]) -> float:
     """The share of a part's box that lies in a view."""
     width = min(part[2], box[2]) - max(part[0], box[0])

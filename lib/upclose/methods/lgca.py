@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from upclose.crops import expand_boxes
 from upclose.features import Ladder, Text
 from upclose.methods import wca
 from upclose.methods.entry import Method
@@ -37,6 +38,46 @@ TopK = Literal["halving"] | int | Sequence[int]
 def steps(crops: int) -> int:
     """The paper's T for N crops: the largest T with floor(N / 2^T) = 1, and 1 for N = 1 (section 4.3)."""
     return max(1, crops.bit_length() - 1)
+
+
+def schedules(levels: int) -> dict[str, list[float]]:
+    """Named weights alpha_j of so many steps; each sums to 1.
+
+    Source: the paper "fine-tunes" alpha_j "for each experiment" (section 4.3) and prints none.
+    """
+    j = torch.arange(1, levels + 1, dtype=torch.float64)
+    rows = {
+        "uniform": torch.ones_like(j),
+        "rising": j,
+        "falling": j.flip(0),
+        "halving": 0.5**j,
+        "doubling": 2.0 ** (j - 1),
+        **{f"step {t + 1} only": row for t, row in enumerate(torch.eye(levels, dtype=torch.float64))},
+    }
+    return {name: (row / row.sum()).tolist() for name, row in rows.items()}
+
+
+def margin_boxes(box: Tensor, margin: float, steps: int, height: int, width: int) -> Tensor:
+    """A ladder by the other reading of tau, a "margin": every expansion adds so many pixels to both sides.
+
+    Args:
+        box: (N, 4) square
+        margin: pixels, at least 0
+        steps: levels T, the first of which is `box` itself
+        height: of the picture, pixels
+        width: of the picture, pixels
+
+    Returns:
+        (T, N, 4) float32, not rounded; boxes that stick out are shifted inside, as in `crops.expand_boxes`
+
+    Source: section 4.2, "margin tau"; `crops.ladder_boxes` reads tau as a factor.
+    """
+    levels = [box.float()]
+    for _ in range(steps - 1):
+        factors = 1 + margin / (levels[-1][:, 2] - levels[-1][:, 0])
+        grown = [expand_boxes(b, float(f), height, width) for b, f in zip(levels[-1], factors)]
+        levels.append(torch.stack(grown))
+    return torch.stack(levels)
 
 
 def scores(
