@@ -91,13 +91,16 @@ def test_every_option_of_a_build_is_part_of_the_bank(tmp_path, capsys):
         (["build", "no-such-data"], "no-such-data"),
         (["build", "birdlets", "--backbone", "no-such-model"], "unknown model 'no-such-model'"),
         (["build", "birdlets", "--precision", "fp16", "--device", "cpu"], "'fp16' is for GPUs"),
-        (["build", "birdlets", "--crops", "0"], "n must be at least 1 crop"),
+        (["build", "birdlets", "--alpha", "nan"], "0 < alpha <= beta <= 1, not (nan, 0.9)"),
+        (["build", "birdlets", "--factor", "0.5"], "factor must be a finite number of at least 1"),
+        (["build", "two\nlines\x1b[2J"], r"no data set 'two\nlines\x1b[2J'"),
+        (["build", "x" * 10_000], "xxx ... xxx"),
         (["build", "birdlets", "--gpus", "1"], "give --ray ADDRESS too"),
         (["build", "birdlets", "--root", "nosuch://bucket"], "nosuch"),
         (["build", "birdlets", "--ray", "auto"], 'pip install "upclose[cluster]"'),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, said):
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, said):
     if "--ray" in arguments:
         monkeypatch.setitem(sys.modules, "ray", None)
     code, out, err = run(capsys, *arguments)
@@ -105,7 +108,17 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, monkeypatch,
     assert (code, out) == (2, "")
     assert last.startswith("upclose bank: ")
     assert said in last
+    assert len(last) < 1000
     assert "Traceback" not in err
+    assert "--ray" in arguments or not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize("given", ["--crops 0", "--crops 1e3", "--steps 0", "--seed -1", "--seed 9223372036854775808"])
+def test_whole_numbers_have_ends(capsys, given):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bank", "build", "birdlets", *given.split()])
+    assert stop.value.code == 2
+    assert f"argument {given.split()[0]}: " in capsys.readouterr().err
 
 
 def test_a_head_without_a_gpu_asks_for_workers_with_one(capsys, monkeypatch):

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 
+MOST_SAID = 900  # characters of an error
 EPILOG = """examples
   upclose run params/birdlets/00_start_here.yaml            one notebook on the embedded world
   upclose run params/birdlets/*.yaml --workers 2            several, two at a time
@@ -55,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     print(run.summary(outcomes).to_string(index=False))
     for outcome in outcomes:
         if outcome.status == "failed":
-            print(f"{outcome.job.name}: {outcome.error}", file=sys.stderr)
+            print(_sentence(f"{outcome.job.name}: {outcome.error}"), file=sys.stderr)
     pages = {outcome.folder.parent / "index.html" for outcome in outcomes if outcome.status == "done"}
     for page in sorted(pages):
         print(f"page: {page}")
@@ -163,25 +165,34 @@ def _place(text: str) -> str:
     return text
 
 
-def _bounded(most: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        if (value := int(text)) > most:
-            raise argparse.ArgumentTypeError(f"{value} is more than {most}")
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not from {least:,} to {most:,}")
         return value
 
-    return count
+    return number
 
 
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def _sentence(error: object) -> str:
+    """What went wrong in one line that a terminal can show, of at most some hundred characters."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+    return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID * 2 // 3]} ... {text[-MOST_SAID // 3 :]}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(_sentence(message))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     formatter = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="upclose",
         description="CLIP, up close: five papers as notebooks, run in batch.",
         epilog=EPILOG,
@@ -203,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--dry-run", action="store_true", help="only say what would be run")
     run.add_argument("--force", action="store_true", help="run again what is complete")
-    run.add_argument("--workers", type=_count, default=1, metavar="N", help="notebooks at a time (default 1)")
+    run.add_argument("--workers", type=_whole(1, 1_000), default=1, metavar="N", help="notebooks at a time (default 1)")
     run.add_argument("--ray", metavar="ADDRESS", help="an existing Ray cluster: auto, HOST:PORT, or local to start one")
     run.add_argument("--results", type=_folder, help="results folder (default: UPCLOSE_RESULTS, else results/)")
     run.set_defaults(function=_run)
@@ -223,12 +234,12 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--device")
     build.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     build.add_argument("--sampler", default="square", choices=("square", "area"))
-    build.add_argument("--crops", type=_bounded(10_000), default=30)
+    build.add_argument("--crops", type=_whole(1, 10_000), default=30)
     build.add_argument("--alpha", type=float, default=0.5, help="smallest crop side as a share of the short side")
     build.add_argument("--beta", type=float, default=0.9, help="largest")
-    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
     build.add_argument("--factor", type=float, default=1.0, help="of one expansion of a ladder")
-    build.add_argument("--steps", type=_bounded(1_000), default=1, help="levels of the ladder")
+    build.add_argument("--steps", type=_whole(1, 1_000), default=1, help="levels of the ladder")
     build.add_argument("--cls", action="store_true", help="keep the [CLS] tokens before projection")
     build.add_argument("--dtype", default="float16", choices=("float16", "float32"))
     build.add_argument(
@@ -280,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     except _expected() as error:
-        print(f"upclose {options.command}: {error}", file=sys.stderr)
+        print(f"upclose {options.command}: {_sentence(error)}", file=sys.stderr)
         return 2
 
 

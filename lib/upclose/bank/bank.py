@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from upclose import paths
+from upclose import crops, paths
 from upclose.bank import cluster, shards
 from upclose.bank import store as stores
 from upclose.bank.store import BankError, Store
@@ -199,6 +199,8 @@ def open(root: str | os.PathLike | None, dataset: Dataset, encoder: object, plan
 def _identity(dataset: Dataset, encoder: object, plan: Plan, dtype: str) -> dict:
     if dtype not in shards.DTYPE:
         raise ValueError(f"dtype is {dtype!r}: a bank stores {' or '.join(shards.DTYPE)}")
+    for steps in (min(plan.steps, 1), 2):  # a plan that suits no picture is refused, its factor too
+        crops.plan_boxes(plan._replace(n=min(plan.n, 1), steps=steps), 32, 32, "")
     if plan.cls and plan.steps > 1:
         raise ValueError(f"a ladder of {plan.steps} steps keeps no [CLS] tokens: set steps=1 or cls=False in {plan}")
     return {
