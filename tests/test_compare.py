@@ -143,9 +143,9 @@ def test_an_average_that_is_printed_alone_says_over_how_many():
 
 def test_a_table_a_paper_is_written_and_escaped(tmp_path):
     files = report.tables(pd.DataFrame([row(printed())]), tmp_path / "tables")
-    assert [f.name for f in files[:2]] == ["lgca.csv", "lgca.html"]
-    assert len(files) == 2 * len(compare.PAPERS)
-    table = pd.read_csv(files[0])
+    assert [f.name for f in files[:2]] == ["dnd.csv", "dnd.html"]
+    assert len(files) == 2 * len(compare.papers())
+    table = pd.read_csv(tmp_path / "tables" / "lgca.csv")
     assert (table.status == "reproduced").sum() == 1
     fair = (tmp_path / "tables" / "fair.html").read_text()
     assert "S_i and |S_i - S_j|" in fair

@@ -28,7 +28,7 @@ def test_cells_name_data_sets_protocols_and_backbones_that_exist(name):
         assert label != values["backbone"], "not a backbone of the papers"
         assert values.get("alpha", 0) <= values.get("beta", 1)
         assert values.get("top_k", 0) <= values.get("crops", 99)
-        assert sheet.reproduces == f"{doctor.PAPER_OF[sheet.notebook]} {values['table']}"
+        assert sheet.reproduces == f"{params.about(sheet.notebook).paper} {values['table']}"
     head = (paths.PARAMS / "papers" / f"{name}.yaml").read_text()
     assert head.startswith(f"# upclose run params/papers/{name}.yaml -p device=cuda\n")
     assert "Not run here." in head

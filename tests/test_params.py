@@ -1,11 +1,10 @@
 import ast
 import os
-import typing
 
 import nbformat
 import pytest
 
-from upclose import compare, params, paths
+from upclose import compare, methods, params, paths
 from upclose.methods import fair
 from upclose.params import ParameterError
 
@@ -121,13 +120,55 @@ def test_numbers_are_read_as_python_reads_them(text, value):
     assert params.override(f"epsilon={text}") == ("epsilon", value)
 
 
-def test_a_parameter_that_the_registry_does_not_know_is_an_error(sheet, tmp_path):
-    book = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("zeal: int = 1", metadata={"tags": ["parameters"]})]
-    )
-    nbformat.write(book, tmp_path / "notebooks" / "odd.ipynb")
-    with pytest.raises(ParameterError, match="does not say what 'zeal' may be"):
+@pytest.mark.parametrize(
+    ("line", "good", "bad"),
+    [
+        ("zeal: int = 1", 9, 0),
+        ("zeal: int = 0", 0, -1),
+        ("zeal: float = 0.5", 0.0, -0.5),
+        ("zeal: float = 0.5", 2, float("inf")),
+        ("zeal: float = -1.0", -1.0, -2.0),
+        ("zeal: str = ''", "any", 1),
+        ("zeal: bool = True", False, 1),
+        ("zeal: list[int] = [1, 2]", [3], []),
+        ("zeal: list[int] = [1, 2]", [3], [0]),
+        ("zeal: list[str] = ['a']", ["b"], "b"),
+        ("taus: list[float] = [1.5]", [1.1, 2.0], [0.9]),
+    ],
+)
+def test_a_parameter_of_a_new_notebook_may_be_what_its_line_says(sheet, tmp_path, line, good, bad):
+    cell = nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / "new.ipynb")
+    name = line.partition(":")[0]
+    assert params.check(params.notebook_path("new"), {name: good})[name] == good
+    with pytest.raises(ParameterError, match=name):
+        params.check(params.notebook_path("new"), {name: bad})
+
+
+def test_a_type_that_no_sheet_can_hold_is_refused(sheet, tmp_path):
+    cell = nbformat.v4.new_code_cell("zeal: dict = {}", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / "odd.ipynb")
+    with pytest.raises(ParameterError, match="'zeal' is a dict; a parameter is an int"):
         params.jobs(sheet("notebook: odd"))
+
+
+@pytest.mark.parametrize(
+    ("takes", "value", "words"),
+    [
+        ("images: {least: 4}", "images=3", "greater than or equal to 4"),
+        ("dataset: {among: [birdlets]}", "dataset=cub", "'birdlets'"),
+        ("crop_seeds: {among: [0, 1]}", "crop_seeds=[2]", "should be 0 or 1"),
+        ("dataset: {rows_of: LGCB}", "images=3", "no method 'LGCB'; did you mean 'LGCA'"),
+        ("picture: {least: 4}", "images=3", "takes 'picture', which is no parameter"),
+    ],
+)
+def test_a_notebook_takes_less_where_its_own_sheet_says_so(sheet, tmp_path, monkeypatch, takes, value, words):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    (tmp_path / "birdlets").mkdir()
+    (tmp_path / "birdlets" / "small.yaml").write_text(f"notebook: small\nabout: {{takes: {{{takes}}}}}\n")
+    with pytest.raises(ValueError) as error:
+        params.check(params.notebook_path("small"), dict([params.override(value)]))
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +205,8 @@ def test_domains_may_be_joined(value):
 
 
 def allowed(notebook, name):
-    kind = params.CHOICES[notebook][name]
-    return set(typing.get_args(typing.get_args(typing.get_args(kind)[0])[0] if name == "methods" else kind))
+    taken = params.about(notebook).takes[name]
+    return {*taken.among, *(methods.get(taken.rows_of).rows if taken.rows_of else ())}
 
 
 def keys(node):

@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 
 from upclose import plots
 from upclose.claims import Claim
+from upclose.methods import REGISTRY
 
 
 @pytest.fixture
@@ -50,8 +51,7 @@ def test_a_picture_with_boxes_alone_has_no_names_and_equal_lines(ax):
 def test_colours_go_by_the_longest_known_name():
     assert plots.colour("WCA (N=16)") == plots.colour("WCA") != plots.colour("WCA (released)")
     assert plots.colour("CLIP+D") == plots.colour("CLIP") != plots.colour("CLIP-D")
-    assert plots.colour("nobody's") not in plots.COLOURS.values()
-    assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
+    assert plots.colour("nobody's") not in {method.colour for method in REGISTRY.values()}
 
 
 def test_intervals_from_the_spread_over_crop_sets_and_from_given_ends(ax):

@@ -71,7 +71,7 @@ def _compare(options: argparse.Namespace) -> int:
     measured = report.collect(root)
     for file in report.tables(measured, options.out or root / "compare"):
         print(file)
-    tables = pd.concat([compare.versus(measured, paper) for paper in compare.PAPERS])
+    tables = pd.concat([compare.versus(measured, paper) for paper in compare.papers()])
     kind = tables.status.str.extract("^(off by|incomplete)", expand=False).fillna(tables.status)
     print(tables.groupby(["paper", "table", kind]).size().unstack(fill_value=0).to_string())
     return 0

@@ -11,26 +11,10 @@ import pandas as pd
 
 from upclose import shipped
 
-PAPERS = {"LGCA": "lgca", "LaZSL": "lazsl", "D&D": "dnd", "FAIR": "fair", "LARE": "lare"}
+PUBLISHED = shipped.PACKAGE / "published"
 KEYS = ["paper", "table", "method", "dataset", "backbone", "setting", "metric"]
 ROW = [key for key in KEYS if key != "dataset"]
-CITED = (
-    "UPL",
-    "POUF",
-    "LaFTer",
-    "ReCLIP",
-    "DPA",
-    "TransCLIP-ZS",
-    "CODER",
-    "ProAPO",
-    "CoOp",
-    "CoCoOp",
-    "TPT",
-    "MaPLe",
-    "ProGrad",
-    "SaLS",
-    "ArGue",
-)
+UNNAMED = "RN50"  # the backbone of a row that names none
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -41,17 +25,33 @@ def read(file: Path) -> pd.DataFrame:
     return frame
 
 
+@cache
+def papers() -> dict[str, str]:
+    """The papers whose tables are here -> the names of their files."""
+    found = {}
+    for file in sorted(PUBLISHED.glob("*.csv")):
+        if file.read_text(encoding="utf-8").startswith(",".join(KEYS)):
+            found[read(file).paper[0]] = file.stem
+    return found
+
+
+@cache
+def cited() -> frozenset[str]:
+    """The rivals that the papers' tables print and that are not run here."""
+    return frozenset(shipped.checked(PUBLISHED / "cited.txt").read_text(encoding="utf-8").split())
+
+
 def published(paper: str | None = None, table: str | None = None) -> pd.DataFrame:
     """The numbers that a paper prints.
 
     Args:
-        paper: "LGCA", "LaZSL", "D&D", "FAIR" or "LARE"; None for all
+        paper: one of `papers`; None for all
         table: "Table 1", ...; None for all
 
     Raises:
         ValueError: no such paper or table
     """
-    files = [shipped.checked(shipped.PACKAGE / "published" / f"{name}.csv") for name in PAPERS.values()]
+    files = [shipped.checked(PUBLISHED / f"{name}.csv") for name in papers().values()]
     frame = pd.concat([read(file) for file in files])
     for column, wanted in (("paper", paper), ("table", table)):
         if wanted is not None:
@@ -130,7 +130,7 @@ def versus(measured: pd.DataFrame, paper: str, table: str | None = None) -> pd.D
     printed = published(paper, table)
     ours = measured.rename(columns={"value": "ours", "std": "ours_std"})[[*KEYS, "ours", "ours_std", "n"]]
     ours = ours[ours.dataset != "average"]  # it is computed here, from cells that can be looked at
-    unnamed = ours[(ours.paper == "D&D") & (ours.backbone == "RN50")].assign(backbone="")  # the summary names none
+    unnamed = ours[ours.backbone == UNNAMED].assign(backbone="")
     ours = (
         pd.concat([ours, unnamed])
         .drop_duplicates(KEYS, keep="last")
@@ -161,7 +161,7 @@ def unprinted(measured: pd.DataFrame, paper: str) -> pd.DataFrame:
     """
     printed = set(published(paper)[KEYS].itertuples(index=False, name=None))
     rows = measured.drop_duplicates(KEYS, keep="last")
-    digest = rows.assign(backbone="") if paper == "D&D" else rows  # it names no backbone
+    digest = rows.assign(backbone="")  # as a row that names none
     met = [
         not printed.isdisjoint(pair)
         for pair in zip(*(frame[KEYS].itertuples(index=False, name=None) for frame in (rows, digest)))
@@ -172,7 +172,7 @@ def unprinted(measured: pd.DataFrame, paper: str) -> pd.DataFrame:
 
 
 def _cited(method: str) -> bool:
-    return method.split(" ")[0] in CITED or "CODER" in method
+    return not cited().isdisjoint(re.split(r"[ ()]+", method))
 
 
 def _status(line) -> str:
@@ -193,7 +193,7 @@ def backbones() -> pd.DataFrame:
 
     Source: open_clip's docs/model_profile.csv, column image_gflops; a multiply-add is two operations.
     """
-    return pd.read_csv(shipped.checked(shipped.PACKAGE / "published" / "backbones.csv"))
+    return pd.read_csv(shipped.checked(PUBLISHED / "backbones.csv"))
 
 
 def backbone_label(name: str, pretrained: str = "") -> str:
@@ -213,7 +213,7 @@ def account(covered: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `published()` with the column account: "cited only" (a rival that is not run), "inconsistent" (the paper
         disagrees with itself), "runnable", or "" where no file fills it. An average is runnable when all of
-        its row's data sets are; D&D's summary names no backbone, so any counts.
+        its row's data sets are; a row that names no backbone is filled by any.
     """
     frame = published()
     have = {tuple(row) for row in covered[KEYS[:5]].itertuples(index=False)}
@@ -225,7 +225,7 @@ def account(covered: pd.DataFrame) -> pd.DataFrame:
         for p, t, m, _, b in have
         if all((p, t, m, d, b) in have for d in parts.get((p, t, m, b), ()))
     }
-    have |= {(p, t, m, d, "") for p, t, m, d, b in have if p == "D&D"}
+    have |= {(p, t, m, d, "") for p, t, m, d, b in have}
     frame["account"] = [
         "cited only" if _cited(line.method) else "inconsistent" if line.note else "runnable" if key in have else ""
         for line, key in zip(frame.itertuples(), frame[KEYS[:5]].itertuples(index=False, name=None))

@@ -5,45 +5,23 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from upclose import compare, datasets, encode, params, paths, prompts
+from upclose import compare, datasets, encode, methods, params, paths, prompts
 from upclose.datasets import adapters, registry
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
-PAPER_OF = {
-    "01_lgca": "LGCA",
-    "02_lazsl": "LaZSL",
-    "03_dnd": "D&D",
-    "04_fair": "FAIR",
-    "05_lare": "LARE",
-    "ablations/lare": "LARE",
-}
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
-_NO_SENTENCES = (
-    "CLIP",
-    "CLIP-E",
-    "WaffleCLIP",
-    "zero-shot",
-    "linear probe",
-    "LADS",
-    "LARE",
-    "Tip-Adapter",
-    "Tip-Adapter-F",
-)
-_LADDER = 6  # steps of LGCA with 100 crops
-_BACKWARD = 3  # encodings that a training step costs beside its crops
 
 
 def sheets() -> dict[str, params.Sheet]:
@@ -54,7 +32,7 @@ def sheets() -> dict[str, params.Sheet]:
 def covered() -> pd.DataFrame:
     """The rows of published tables that the parameter files fill: paper, table, method, dataset, backbone."""
     rows = [
-        (PAPER_OF[sheet.notebook], v["table"], method, v["dataset"], _label(v))
+        (params.about(sheet.notebook).paper, v["table"], method, v["dataset"], _label(v))
         for sheet in sheets().values()
         for _, v in params.cells(sheet)
         for method in v["methods"]
@@ -91,22 +69,32 @@ def missing_data(name: str, protocol: str | None = None) -> str:
     return "" if there else f"{adapters.split_file(folder, entry)}: {datasets.get(entry)}"
 
 
-def missing_prompts(methods: list[str], dataset: str) -> dict[str, str]:
-    """The sentences that the methods need -> where to get them, "" for those that are here."""
+def missing_prompts(sources: Iterable[str], dataset: str) -> dict[str, str]:
+    """The files of sentences that prompt sources read -> where to get them, "" for those that are here."""
     out = {}
-    if any(method not in _NO_SENTENCES for method in methods):
-        by_clip_d = any(re.match(r"CLIP-D|CLIP\+D|LaZSL|Baseline|D&D|Tip\+D&D", method) for method in methods)
-        by_cupl = any(re.match(r"CuPL|WCA|LGCA|FAIR", method) for method in methods)
-        for source in ["clip-d"] * by_clip_d + ["cupl"] * by_cupl:
-            name = f"{source} of {dataset}"
-            try:
-                file = prompts.find(source, dataset)
-            except ValueError:
-                out[name] = "not published: give a file of your own, {class: [sentences]}"
-            else:
-                url = f"https://github.com/{file.repository} (fetched at the first run)"
-                out[name] = "" if prompts.local(file).is_file() else url
+    for source in sorted({prompts.FILES[source] for source in sources if source in prompts.FILES}):
+        try:
+            file = prompts.find(source, dataset)
+        except ValueError:
+            out[f"{source} of {dataset}"] = "not published: give a file of your own, {class: [sentences]}"
+        else:
+            url = f"https://github.com/{file.repository} (fetched at the first run)"
+            out[f"{source} of {dataset}"] = "" if prompts.local(file).is_file() else url
     return out
+
+
+def _sources(about: params.About, values: dict[str, Any]) -> set[str]:
+    """The prompt sources that a cell reads: a method's own, else the parameter's, else the notebook's."""
+    return {
+        method.source or values.get("source") or about.source
+        for method in _methods(values)
+        if "descriptions" in method.needs
+    }
+
+
+def _methods(values: dict[str, Any]) -> list[methods.Method]:
+    """Of the rows of a cell those that are registered, once a row."""
+    return [method for row in values["methods"] if (method := methods.find(row))]
 
 
 def needs(sheet: params.Sheet) -> dict[str, dict[str, str]]:
@@ -115,13 +103,14 @@ def needs(sheet: params.Sheet) -> dict[str, dict[str, str]]:
     Kinds are weights, data, prompts and notebook.
     """
     out: dict[str, dict[str, str]] = {"weights": {}, "data": {}, "prompts": {}}
+    about = params.about(sheet.notebook)
     for _, values in params.cells(sheet):
         sets = [(values["dataset"], values.get("protocol"))]
         sets += [(values["train_dataset"], None)] if values.get("train_dataset") else []
         out["weights"][_label(values)] = missing_weights(values["backbone"], values["pretrained"])
         for name, protocol in sets:
             out["data"][f"{name} ({registry.entry(name, protocol).protocol})"] = missing_data(name, protocol)
-        out["prompts"] |= missing_prompts(values["methods"], values["dataset"])
+        out["prompts"] |= missing_prompts(_sources(about, values), values["dataset"])
     run = (paths.NOTEBOOKS / f"{sheet.notebook}.ipynb").is_file()
     return out | {"notebook": {sheet.notebook: "" if run else "not among the notebooks"}}
 
@@ -129,40 +118,67 @@ def needs(sheet: params.Sheet) -> dict[str, dict[str, str]]:
 # ------------------------------------------------------------------------------------------------------------ estimates
 
 
-def throughput(device: str | None = None, pictures: int = 8, rounds: int = 2) -> float:
+PICTURES, ROUNDS = 8, 2  # of the measurement
+
+
+def throughput() -> float:
     """GFLOP/s of this machine's image encoding, measured with a ViT-B/32 of random weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        encoder = encode.load("ViT-B-32", device=device)
-    batch = [torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8) for _ in range(pictures)]
+        encoder = encode.load("ViT-B-32")
+    batch = [torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8) for _ in range(PICTURES)]
     encoder.encode_images(batch)
     start = time.perf_counter()
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         encoder.encode_images(batch)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     flops = float(compare.backbones().set_index("backbone").gflops["ViT-B/32"])
-    return flops * pictures * rounds / (time.perf_counter() - start)
+    return flops * PICTURES * ROUNDS / (time.perf_counter() - start)
 
 
-def encodings(notebook: str, values: dict[str, Any]) -> tuple[int, tuple]:
-    """How many pictures and crops a cell encodes, and what tells its bank from others'."""
+class Encodings(NamedTuple):
+    """What a cell encodes.
+
+    Attributes:
+        kept: pictures and crops that a bank keeps
+        passing: those of trainings, which draw them anew in every epoch
+        bank: what tells its bank from others'
+    """
+
+    kept: int
+    passing: int
+    bank: tuple[str, ...]
+
+
+def encodings(about: params.About, values: dict[str, Any]) -> Encodings:
+    """What a cell of a parameter file encodes.
+
+    Args:
+        about: its notebook
+        values: of the cell
+    """
     entry = registry.entry(values["dataset"], values.get("protocol"))
-    tests = sum(test for _, test in entry.domains.values()) or entry.test
-    crops = values.get("crops", 0)
-    bank = tuple(
-        str(values.get(n)) for n in ("dataset", "protocol", "backbone", "pretrained", "crops", "alpha", "beta")
+    source = registry.entry(values["train_dataset"]) if values.get("train_dataset") else entry
+    size = {
+        "train": source.train,
+        "validation": source.validation,
+        "test": (sum(test for _, test in entry.domains.values()) or entry.test) + (source != entry) * source.test,
+    }
+    images = sum(size[split] for split in about.splits)
+    if "train" not in about.splits:
+        images += max(values.get("shots", [0])) * entry.classes
+    trained = [method for method in _methods(values) if {"cls", "encoder"} <= set(method.needs)]
+    scored = [method for method in _methods(values) if method not in trained]
+    crops, kinds = values.get("crops", 0), {"crops", "ladder"}
+    drawn = max((method.encodings(crops) - 1 for method in scored if kinds & set(method.needs)), default=0)
+    passing = source.train * values.get("epochs", 0) * len(values.get("seeds", [0]))
+    names = ["dataset", "protocol", "backbone", "pretrained", *["crops", "alpha", "beta", "tau"] * (drawn > 0)]
+    return Encodings(
+        images * (drawn * len(values.get("crop_seeds", [0])) + 1),
+        passing * sum(method.encodings(crops) for method in trained),
+        tuple(str(values.get(name)) for name in names),
     )
-    if notebook == "04_fair":
-        trained = sum(not re.match(r"CLIP|CuPL|WCA \(", method) for method in values["methods"])
-        run = entry.train * values["epochs"] * (crops + 1 + _BACKWARD) * len(values["seeds"]) * trained
-        return run + tests, (*bank, values["table"], str(values.get("setting")), str(values.get("top_k")))
-    if PAPER_OF[notebook] == "LARE":
-        source = registry.entry(values["train_dataset"]) if values.get("train_dataset") else entry
-        return source.train + source.validation + tests + (source.test if source != entry else 0), bank[:4]
-    seeds, steps = len(values["crop_seeds"]), _LADDER if notebook == "01_lgca" else 1
-    shots = max(values["shots"]) * entry.classes if isinstance(values.get("shots"), list) else 0
-    return (tests + shots) * (crops * steps * seeds + 1), (*bank, str(values.get("tau")))
 
 
 def paper_tables(rate: float) -> list[dict[str, Any]]:
@@ -176,11 +192,13 @@ def paper_tables(rate: float) -> list[dict[str, Any]]:
     for name, sheet in sheets().items():
         banks: dict[tuple, tuple[int, Any]] = {}
         todo = [values for _, values in params.cells(sheet)]
+        passing, flops = 0, 0.0
         for values in todo:
-            count, bank = encodings(sheet.notebook, values)
+            cell = encodings(params.about(sheet.notebook), values)
             backbone = facts.loc[(values["backbone"], values["pretrained"])]
-            banks[bank] = max(banks.get(bank, (0, None))[0], count), backbone
-        kept = 0 if sheet.notebook == "04_fair" else 1  # FAIR draws new crops in every epoch
+            banks[cell.bank] = max(banks.get(cell.bank, (0, None))[0], cell.kept), backbone
+            passing, flops = passing + cell.passing, flops + cell.passing * float(backbone.gflops)
+        flops += sum(n * float(b.gflops) for n, b in banks.values())
         wanted = needs(sheet)
         missing = [f"{kind} {what}: {get}" for kind, table in wanted.items() for what, get in table.items() if get]
         out.append(
@@ -188,9 +206,9 @@ def paper_tables(rate: float) -> list[dict[str, Any]]:
                 "file": name,
                 "reproduces": sheet.reproduces,
                 "runs": len(todo),
-                "encodings": sum(n for n, _ in banks.values()),
-                "hours": round(sum(n * float(b.gflops) for n, b in banks.values()) / rate / 3600, 1),
-                "disk_gib": round(kept * sum(n * (2 * int(b.dim) + 16) for n, b in banks.values()) / 2**30, 2),
+                "encodings": passing + sum(n for n, _ in banks.values()),
+                "hours": round(flops / rate / 3600, 1),
+                "disk_gib": round(sum(n * (2 * int(b.dim) + 16) for n, b in banks.values()) / 2**30, 2),
                 "ready": not missing,
                 "needs": wanted,
                 "missing": missing,

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,18 +17,17 @@ import numpy as np
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from upclose import paths
+from upclose import methods, paths
 from upclose.birdlets import DOMAINS
 from upclose.datasets import registry
-from upclose.methods import fair
 from upclose.prompts import SOURCES
 
 MOST_CELLS = 10_000  # of a grid
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Crops = Annotated[int, Field(ge=1, le=10_000)]
 Share = Annotated[float, Field(ge=1e-4, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
-NotNegative = Annotated[float, Field(ge=0, le=1e12)]
 Factor = Annotated[float, Field(ge=1, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -45,12 +45,6 @@ def _text(known: Callable[[str], bool], what: str) -> Any:
         return value
 
     return Annotated[str, AfterValidator(check)]
-
-
-def _adapting(methods: list[str]) -> list[str]:
-    if not set(methods) & set(fair.ROWS):
-        raise ValueError(f"one of them must be a row of FAIR: {', '.join(fair.ROWS)}")
-    return methods
 
 
 def _different(seeds: list[int]) -> list[int]:
@@ -77,175 +71,31 @@ Device = _text(re.compile(r"cpu|mps|(cuda|xpu)(:\d+)?").fullmatch, "cpu, cuda, c
 DataSet = Annotated[str, AfterValidator(_registered)]
 
 
-# What a parameter may be, by name, for all notebooks. Names that end in "s" and hold a list sweep the singular.
-FIELDS: dict[str, Any] = {
+# Names that mean one thing in every notebook and take less than their type says. A list called "taus" sweeps "tau".
+LIMITS: dict[str, Any] = {
     "dataset": Annotated[DataSet, Field(min_length=1)],
+    "train_dataset": DataSet,
     "split": Literal["train", "validation", "test"],
     "domain": Domains,
     "domains": _some(Literal[DOMAINS]),
-    "backbone": str,
-    "backbones": _some(str),
-    "pretrained": str,
     "device": Device,
     "precision": Literal["fp32", "bf16", "fp16"],
-    "images": Count,
+    "source": Literal[SOURCES],
     "crops": Crops,
+    "crop_counts": _some(Crops),
+    "largest_crops": Crops,
     "alpha": Share,
     "beta": Share,
-    "crop_seeds": Seeds,
-    "tau": Factor,
-    "taus": _some(Factor),
-    "second_backbone": str,
-    "setting": str,
-    "source": Literal[SOURCES],
-    "description_file": str,
-    "sentence_file": str,
-    "validation_images": Count,
-    "repeats": Count,
-    "probe_steps": Count,
-    "largest_crops": Crops,
-    "largest_descriptions": Count,
-    "cost_images": Count,
-    "clip_images": Count,
-    "theta": Annotated[float, Field(ge=0, le=1)],
-    "thetas": _some(Annotated[float, Field(ge=0, le=1)]),
-    "epsilon": Positive,
-    "epsilons": _some(Positive),
-    "alphas": _some(Share),
-    "counts": _some(Count),
-    "exact_images": Count,
-    "sweep_images": Count,
-    "protocol": str,
-    "descriptions": Count,
-    "crop_counts": _some(Crops),
     "lower_scales": _some(Share),
-    "shots": _some(Count),
-    "cache_alphas": _some(Positive),
-    "cache_betas": _some(NotNegative),
-    "capacity": Count,
-    "classes": Count,
-    "top_k": Count,
-    "top_ks": _some(Count),
-    "epochs": Count,
-    "batch_size": Count,
-    "learning_rate": Positive,
-    "learning_rates": _some(Positive),
-    "samples": Count,
-    "box_alpha": Annotated[float, Field(ge=0, le=1)],
-    "box_alphas": _some(Annotated[float, Field(ge=0, le=1)]),
-    "sample_counts": _some(Count),
     "shares": _some(Share),
-    "kept": _some(Count),
-    "train_dataset": DataSet,
+    "tau": Factor,
+    "theta": Weight,
+    "box_alpha": Weight,
+    "epsilon": Positive,
+    "learning_rate": Positive,
     "seed": Seed,
     "seeds": Seeds,
-}
-
-# Where a notebook takes less than that, or only it knows: the rows that it computes, the tables that they stand in, the
-# settings that change what is computed (elsewhere a setting is a label), the data that it is about.
-CHOICES: dict[str, dict[str, Any]] = {
-    "00_start_here": {"dataset": Literal["birdlets"]},
-    "01_lgca": {
-        "methods": _some(
-            Literal[
-                "CLIP",
-                "CLIP-E",
-                "CLIP-D",
-                "WaffleCLIP",
-                "CuPL",
-                "WCA",
-                "LGCA",
-                "LGCA (schedule)",
-                "WCA (released)",
-                "WCA (as many encodings)",
-                "multi-crop",
-                "multi-crop (as many encodings)",
-                "multi-crop (the ladder)",
-            ]
-        ),
-        "table": Literal["Table 1"],
-        "crops": Annotated[int, Field(ge=4, le=10_000)],
-    },
-    "02_lazsl": {
-        "methods": _some(
-            Literal[
-                "CLIP",
-                "CLIP-D",
-                "WaffleCLIP",
-                "CuPL",
-                "CLIP-D (LaZSL's sentence)",
-                "multi-crop",
-                "WCA",
-                "WCA (released)",
-                "LaZSL (mean)",
-                "Baseline",
-                "Baseline+OT",
-                "Baseline+OT+VS",
-                "Baseline+OT+Hybrid",
-                "LaZSL",
-            ]
-        ),
-        "table": Literal["Table 1", "Table 2", "Table 3", "Figure 5"],
-    },
-    "03_dnd": {
-        "methods": _some(
-            Literal[
-                "CLIP",
-                "CLIP+D",
-                "CLIP+R (descriptions alone)",
-                "D&D (descriptions alone)",
-                "CLIP+D+R (averaging)",
-                "D&D",
-                "zero-shot",
-                "Tip-Adapter",
-                "Tip-Adapter-F",
-                "linear probe",
-                "Tip+D&D",
-                "whole-image keys",
-                "D&D + Tip-Adapter",
-                "whole images",
-            ]
-        ),
-        "table": Literal["", "Table 3", "Table 4", "Table 5"],
-        "setting": Literal["all", "ablation", "few-shot", "test-time"],
-    },
-    "04_fair": {
-        "methods": Annotated[
-            list[Literal["CLIP", "CuPL", "multi-crop", "WCA (N=16)", "linear probe", *fair.ROWS]],
-            AfterValidator(_adapting),
-        ],
-        "table": Literal["Birdlets", *(f"Table {k}" for k in (1, 2, 3, 4, 5, 7, 8, 9, 10)), "Figure 10"],
-        "setting": Literal[
-            "inductive",
-            "transductive",
-            "unsupervised adaptation",
-            "ablation",
-            "neither factor",
-            "S_i only",
-            "S_i and |S_i - S_j|",
-            "pseudo-labelers",
-            "other VLM",
-            "complexity",
-            "fine-tuning",
-            "sweep",
-        ],
-        "precision": Literal["fp32", "bf16"],
-    },
-    "05_lare": {
-        "methods": _some(
-            Literal["zero-shot", "linear probe", "repeated", "Gaussian noise", "mixup", "LADS", "LARE"],
-        ),
-        "table": Literal["", "Table 1", "Table 2"],
-        "dataset": Literal["birdlets", "cub-painting", "domainnet-40", "cifar100"],
-    },
-    "ablations/fair": {"dataset": Literal["birdlets"], "domain": Literal[DOMAINS]},
-    "ablations/lare": {
-        "methods": _some(Literal["linear probe", "repeated", "Gaussian noise", "LARE"]),
-        "table": Literal["", "Figure 4", "Table 3", "Table 4", "Table 5"],
-        "dataset": Literal["birdlets", "cifar100"],
-    },
-    "ablations/lgca": {"dataset": Literal["birdlets"]},
-    "complexity/lgca_theorem": {"dataset": Literal["birdlets"]},
+    "crop_seeds": Seeds,
 }
 # (a, b, why): no value of a may be above any of b.
 ORDERED = (
@@ -270,15 +120,44 @@ class Case(BaseModel):
     set: dict[str, Any] = Field(min_length=1)
 
 
+class Taken(BaseModel):
+    """What a notebook takes for a parameter, where that is less than its name and its type say.
+
+    `among` lists the values, or those of a list's elements; `rows_of` adds the rows of a registered method, of which a
+    list must have one; `least` bounds a number.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    among: list[Any] = []
+    rows_of: str = ""
+    least: float | None = None
+
+
+class About(BaseModel):
+    """A notebook's own facts, in its sheet `params/birdlets/<notebook>.yaml`.
+
+    `paper` as `compare.papers` calls it; `splits` whose pictures it encodes all; `source` of the sentences that it
+    reads where neither a method nor a parameter says; `takes` what its parameters may be.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    paper: str = ""
+    splits: list[Literal["train", "validation", "test"]] = ["test"]
+    source: str = ""
+    takes: dict[str, Taken] = {}
+
+
 class Sheet(BaseModel):
     """A parameter file: `notebook` and either fixed `parameters`, a `grid` of lists, or both.
 
-    `reproduces` says which published table the file fills; `exceptions` change values where `when` matches.
+    `reproduces` says which published table the file fills; `exceptions` change values where `when` matches; `about` is
+    the notebook's own.
     """
 
     model_config = ConfigDict(extra="forbid")
     notebook: str
     reproduces: str = ""
+    about: About = About()
     parameters: dict[str, Any] = {}
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     exceptions: list[Case] = []
@@ -373,13 +252,82 @@ def notebook_cells(notebook: Path) -> list[dict[str, Any]]:
         raise ParameterError(f"{notebook} is cut short or no notebook ({error})") from None
 
 
-def defaults(notebook: Path) -> dict[str, Any]:
-    """The parameters of a notebook: the typed assignments of the cell that is tagged `parameters`."""
+class Parameter(NamedTuple):
+    """A line of a notebook's parameters cell: its type as it is written, and its value."""
+
+    kind: str
+    default: Any
+
+
+def parameters(notebook: Path) -> dict[str, Parameter]:
+    """The typed assignments of the cell that is tagged `parameters`.
+
+    Raises:
+        ParameterError: the notebook has not exactly one such cell
+    """
     tagged = [cell for cell in notebook_cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ParameterError(f"{notebook.name} has {len(tagged)} cells tagged 'parameters'; it needs exactly one")
     lines = ast.parse("".join(tagged[0]["source"])).body
-    return {line.target.id: ast.literal_eval(line.value) for line in lines if isinstance(line, ast.AnnAssign)}
+    return {
+        line.target.id: Parameter(ast.unparse(line.annotation), ast.literal_eval(line.value))
+        for line in lines
+        if isinstance(line, ast.AnnAssign)
+    }
+
+
+def defaults(notebook: Path) -> dict[str, Any]:
+    """The values of a notebook's parameters as it stands."""
+    return {name: parameter.default for name, parameter in parameters(notebook).items()}
+
+
+def about(notebook: str) -> About:
+    """What a notebook's sheet in `params/birdlets` says of it; nothing where there is none."""
+    file = paths.PARAMS / "birdlets" / f"{notebook}.yaml"
+    return _about(file, file.stat().st_mtime_ns) if file.is_file() else About()
+
+
+@cache
+def _about(file: Path, changed: int) -> About:
+    return read(file).about
+
+
+def _kind(name: str, parameter: Parameter, taken: Taken) -> Any:
+    """What a parameter may be: what its notebook takes, else what its name means, else what its type says.
+
+    Raises:
+        ParameterError: a type that is not read
+    """
+    kind, default = parameter
+    rows = methods.get(taken.rows_of).rows if taken.rows_of else ()
+    among = (*taken.among, *rows)
+    if name in LIMITS and not among:
+        found = LIMITS[name]
+    elif kind.startswith("list["):
+        inner = Parameter(kind.removeprefix("list[").removesuffix("]"), min(default, default=0))
+        found = _some(_kind(name.removesuffix("s"), inner, Taken(among=among)))
+    elif among:
+        found = Literal[among]
+    elif kind == "int":
+        found = Annotated[int, Field(ge=min(default, 1), le=10**9)]
+    elif kind == "float":
+        found = Annotated[float, Field(ge=min(default, 0), le=1e12)]
+    elif kind in ("str", "bool"):
+        found = {"str": str, "bool": bool}[kind]
+    else:
+        raise ParameterError(f"{name!r} is a {kind}; a parameter is an int, float, str, bool or a list of one of them")
+    if taken.least is not None:
+        found = Annotated[found, Field(ge=taken.least)]
+    return Annotated[found, AfterValidator(_with_a_row_of(taken.rows_of, rows))] if rows else found
+
+
+def _with_a_row_of(method: str, rows: tuple[str, ...]) -> Callable[[list[str]], list[str]]:
+    def check(values: list[str]) -> list[str]:
+        if not set(values) & set(rows):
+            raise ValueError(f"one of them must be a row of {method}: {', '.join(rows)}")
+        return values
+
+    return check
 
 
 def _sentence(error: ValidationError, where: str) -> str:
@@ -404,19 +352,21 @@ def check(notebook: Path, values: dict[str, Any], where: str = "parameters") -> 
         ParameterError: a name that the notebook does not have, a wrong type, a value out of range or not among the
             known ones, alpha above beta
     """
-    known = defaults(notebook)
-    kinds = FIELDS | CHOICES.get(_name(notebook), {})
+    known = parameters(notebook)
+    takes = about(_name(notebook)).takes
     for name in values:
         if name not in known:
             raise ParameterError(f"{where}: {notebook.name} has no parameter {name!r}; {_nearest(name, known)}")
-    for name in known:
-        if name not in kinds:
-            raise ParameterError(f"{notebook.name}: upclose.params does not say what {name!r} may be")
+    for name in takes:
+        if name not in known:
+            raise ParameterError(f"the sheet of {notebook.name} takes {name!r}, which is no parameter of it")
     model = create_model(
-        "Parameters", __config__=ConfigDict(extra="forbid", strict=True), **{n: (kinds[n], ...) for n in known}
+        "Parameters",
+        __config__=ConfigDict(extra="forbid", strict=True),
+        **{name: (_kind(name, parameter, takes.get(name, Taken())), ...) for name, parameter in known.items()},
     )
     try:
-        checked = model(**{**known, **values}).model_dump()
+        checked = model(**{**{name: parameter.default for name, parameter in known.items()}, **values}).model_dump()
     except ValidationError as error:
         raise ParameterError(_sentence(error, where)) from None
     for low, high, why in ORDERED:

@@ -12,23 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
+from upclose import methods
+
 _PALETTE = sns.color_palette("colorblind", 10).as_hex()
-COLOURS = {
-    "CLIP": _PALETTE[7],
-    "CLIP-E": "#b3b3b3",
-    "CLIP-D": _PALETTE[9],
-    "CLIP-D, shuffled": "#1f6f99",
-    "WaffleCLIP": _PALETTE[5],
-    "CuPL": _PALETTE[8],
-    "multi-crop": _PALETTE[0],
-    "WCA": _PALETTE[1],
-    "WCA (released)": "#8a5a00",
-    "LGCA": _PALETTE[2],
-    "LaZSL": _PALETTE[4],
-    "D&D": _PALETTE[3],
-    "FAIR": _PALETTE[6],
-    "LARE": "#44307a",
-}
 
 
 def style() -> None:
@@ -47,9 +33,9 @@ def style() -> None:
 
 
 def colour(method: str) -> str:
-    """The colour of a method, by the longest known name that its name starts with; black where there is none."""
-    known = [name for name in COLOURS if method.startswith(name)]
-    return COLOURS[max(known, key=len)] if known else "#333333"
+    """The colour of a method, by the longest registered name that its name starts with; black where there is none."""
+    known = [name for name in methods.REGISTRY if method.startswith(name)]
+    return methods.REGISTRY[max(known, key=len)].colour if known else "#333333"
 
 
 def picture(

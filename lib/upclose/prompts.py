@@ -51,6 +51,8 @@ from upclose import paths, seeds, shipped
 TEMPLATE = "a photo of a {}."
 SOURCES = ("clip", "clip-e", "clip-d", "clip-d-shuffled", "lazsl", "dnd", "cupl", "waffle")
 PAIRS = 15  # of WaffleCLIP: a descriptor of words and one of letters
+FILES = {"cupl": "cupl"} | dict.fromkeys(("clip-d", "clip-d-shuffled", "lazsl", "dnd"), "clip-d")
+"""The sources that read a file of sentences -> the source under which it is published."""
 TOKENS = 75  # of CLIP's 77, without start and end
 _FAMILY = {name: "imagenet" for name in ("imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a")}
 _FAMILY |= {"cub-painting": "cub"}

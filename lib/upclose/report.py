@@ -180,7 +180,7 @@ def tables(measured: pd.DataFrame, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for paper, name in compare.PAPERS.items():
+    for paper, name in compare.papers().items():
         table = compare.versus(measured, paper).drop(columns=["paper"])
         written += [folder / f"{name}.csv", folder / f"{name}.html"]
         table.map(paths.cell).to_csv(written[-2], index=False)

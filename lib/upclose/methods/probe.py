@@ -149,4 +149,4 @@ def _with_samples(
     return rows, torch.cat([hard, target.to(x.dtype).expand(n_seeds, -1, -1, -1)], 2).flatten(1, 2)
 
 
-METHODS = (Method("linear probe", fit, ("shots",), "#333333", whole),)
+METHODS = (Method("linear probe", fit, ("shots",), "#5a5a5a", whole),)
