@@ -53,13 +53,6 @@ def test_what_is_imported_is_declared():
     assert not missing
 
 
-def test_every_module_but_the_encoder_is_kept_from_open_clip():
-    contracts = {c["name"]: c for c in PYPROJECT["tool"]["importlinter"]["contracts"]}
-    kept = set(contracts["Only the encoder imports open_clip"]["source_modules"])
-    there = {p.stem for p in paths.PACKAGE.glob("*.py")} | {p.parent.name for p in paths.PACKAGE.glob("*/__init__.py")}
-    assert kept == {f"upclose.{name}" for name in there - {"__init__", "encode"}}
-
-
 def test_the_citation_names_five_papers_and_their_people():
     cited = yaml.safe_load((paths.ROOT / "CITATION.cff").read_text())
     assert len({paper["url"] for paper in cited["references"]}) == 5

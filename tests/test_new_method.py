@@ -15,14 +15,13 @@ from upclose import compare, doctor, methods, params, paths, plots
 METHOD = '''"""Medoid: the crop that is most like the whole image speaks for it."""
 
 from upclose.features import Text, Views
-from upclose.methods.clip import class_means
 from upclose.methods.entry import Method
 
 
 def scores(views: Views, text: Text):
     """The cosine of that crop with the mean description, (B, C)."""
     best = (views.crop @ views.image[..., None]).argmax(1)  # (B, 1)
-    return views.crop.take_along_dim(best[..., None], 1)[:, 0] @ class_means(text).mT
+    return views.crop.take_along_dim(best[..., None], 1)[:, 0] @ text.mean().mT
 
 
 METHODS = (Method("Medoid", scores, ("crops", "descriptions"), "#123456"),)

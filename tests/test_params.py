@@ -5,7 +5,6 @@ import nbformat
 import pytest
 
 from upclose import compare, methods, params, paths
-from upclose.methods import fair
 from upclose.params import ParameterError
 
 CELL = """dataset: str = "birdlets"  # which
@@ -209,40 +208,12 @@ def allowed(notebook, name):
     return {*taken.among, *(methods.get(taken.rows_of).rows if taken.rows_of else ())}
 
 
-def keys(node):
-    """The keys of a dictionary that is written down, also of a union of several."""
-    match node:
-        case ast.Dict():
-            return {key.value for key in node.keys if isinstance(key, ast.Constant)}
-        case ast.BinOp():
-            return keys(node.left) | keys(node.right)
-        case ast.IfExp():
-            return keys(node.body) | keys(node.orelse)
-    return set()
-
-
-def code(notebook):
+@pytest.mark.parametrize("notebook", ["01_lgca", "02_lazsl", "03_dnd", "04_fair", "05_lare", "ablations/lare"])
+def test_a_notebook_takes_rows_that_are_registered_or_that_its_code_names(notebook):
     cells = params.notebook_cells(params.notebook_path(notebook))
-    return [ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
-
-
-@pytest.mark.parametrize(
-    ("notebook", "tables", "others"),
-    [  # where a notebook keeps the rows that it can compute
-        ("01_lgca", ["rules"], []),
-        ("02_lazsl", ["every"], []),
-        ("04_fair", ["zero_shot"], ["linear probe", *fair.ROWS]),
-        ("05_lare", ["make"], ["zero-shot"]),
-        ("ablations/lare", ["make"], []),
-    ],
-)
-def test_methods_are_the_notebooks_own(notebook, tables, others):
-    found = set(others)
-    for tree in code(notebook):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in tables:
-                found |= keys(node.value)
-    assert found == allowed(notebook, "methods")
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    said = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    assert allowed(notebook, "methods") <= said | set(methods.REGISTRY) | set(methods.get("FAIR").rows)
 
 
 def test_dnds_methods_are_all_run_by_default():
