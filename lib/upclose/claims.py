@@ -83,6 +83,11 @@ def check(name: str, text: str, better: Tensor, worse: Tensor, margin: float = 0
         worse: (S, n) bool
         margin: d, in points
         seed: of the bootstrap
+
+    Example:
+        >>> better = torch.tensor([[True] * 90 + [False] * 10] * 3)  # three crop sets, 100 images
+        >>> check("C1", "A beats B", better, ~better).verdict
+        'holds'
     """
     difference, low, high = interval(better, worse, seed=seed)
     verdict = "holds" if low > margin else "fails" if high < margin else "undecided"

@@ -191,7 +191,8 @@ def _status(line) -> str:
 def backbones() -> pd.DataFrame:
     """The papers' backbones: as printed, open_clip's name and tag, the hub's repository, D, GFLOPs a picture.
 
-    Source: open_clip's docs/model_profile.csv, column image_gflops; a multiply-add is two operations.
+    Source:
+        open_clip's docs/model_profile.csv, column image_gflops; a multiply-add is two operations.
     """
     return pd.read_csv(shipped.checked(PUBLISHED / "backbones.csv"))
 

@@ -51,8 +51,16 @@ def sample_boxes(
     Raises:
         ValueError: n < 1, an empty picture, or not 0 < alpha <= beta <= 1
 
-    Source: WCA (arXiv 2406.02915) and LGCA sections 3.1 and 4.1, gamma ~ U(alpha, beta), side gamma * min(H, W).
-    Deviates: the side is at least 1 pixel.
+    Source:
+        WCA (arXiv 2406.02915) and LGCA sections 3.1 and 4.1, gamma ~ U(alpha, beta), side gamma * min(H, W).
+
+    Deviates:
+        The side is at least 1 pixel.
+
+    Example:
+        >>> box = sample_boxes(height=100, width=200, n=5, scale=(0.5, 0.9), seed=0, key="a picture")
+        >>> box.shape, bool(((box[:, 2] - box[:, 0]) == (box[:, 3] - box[:, 1])).all())
+        (torch.Size([5, 4]), True)
     """
     _check_sampling(height, width, n, scale)
     draw = seeds.rng(seed, "crops", key).random((n, 3))
@@ -88,10 +96,13 @@ def sample_area_boxes(
     Raises:
         ValueError: n < 1, an empty picture, not 0 < scale[0] <= scale[1] <= 1, or not 0 < ratio[0] <= ratio[1]
 
-    Source: D&D section 4.1, random crops of 10 to 75 % of the image.
-    Deviates: the paper does not say what the per cent are of, nor the aspect. We take the area and the aspect range
-        of torchvision's RandomResizedCrop. Where a drawn box would not fit, torchvision draws again and at last takes
-        the centre; we draw the aspect only from those that fit (or take the nearest), so that the area is kept.
+    Source:
+        D&D section 4.1, random crops of 10 to 75 % of the image.
+
+    Deviates:
+        The paper does not say what the per cent are of, nor the aspect. We take the area and the aspect range of
+        torchvision's RandomResizedCrop. Where a drawn box would not fit, torchvision draws again and at last takes the
+        centre; we draw the aspect only from those that fit (or take the nearest), so that the area is kept.
     """
     _check_sampling(height, width, n, scale)
     if not 0 < ratio[0] <= ratio[1] < math.inf:
@@ -122,9 +133,16 @@ def expand_boxes(box: Tensor, factor: float, height: int, width: int, boundary: 
     Raises:
         ValueError: no box, factor < 1, an empty picture, an unknown boundary
 
-    Source: LGCA section 4.2, both directions by the margin tau in {1.1, 1.25}.
-    Deviates: the paper calls tau a fixed margin and a scaling factor; we scale. It does not say what happens at the
-        border; "shift" keeps the crop square.
+    Source:
+        LGCA section 4.2, both directions by the margin tau in {1.1, 1.25}.
+
+    Deviates:
+        The paper calls tau a fixed margin and a scaling factor; we scale. It does not say what happens at the border;
+        "shift" keeps the crop square.
+
+    Example:
+        >>> expand_boxes(torch.tensor([[0.0, 40, 20, 60]]), 2, height=100, width=100).tolist()  # shifted back inside
+        [[0.0, 30.0, 40.0, 70.0]]
     """
     _check_picture(height, width)
     if box.shape[-1:] != (4,) or box.numel() == 0:
@@ -155,7 +173,8 @@ def ladder_boxes(box: Tensor, factor: float, steps: int, height: int, width: int
     Raises:
         ValueError: steps < 1, or as `expand_boxes`
 
-    Source: LGCA section 4.3; the selection between the steps is `lgca`'s.
+    Source:
+        LGCA section 4.3; the selection between the steps is `lgca`'s.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}: a ladder of 1 step is the boxes themselves")

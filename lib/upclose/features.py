@@ -38,6 +38,13 @@ class Text(NamedTuple):
 
         Raises:
             ValueError: a class has no description, or the number of classes differs
+
+        Example:
+            >>> text = Text.from_lists(torch.eye(2), [torch.eye(2), torch.eye(2)[1:]])
+            >>> text.owner.tolist()  # two descriptions of class 0, one of class 1
+            [0, 0, 1]
+            >>> text.mean().tolist()
+            [[0.5, 0.5], [0.0, 1.0]]
         """
         if len(description) != len(label):
             raise ValueError(f"{len(label)} class prompts but descriptions for {len(description)} classes")
@@ -167,6 +174,11 @@ class Views(NamedTuple):
         box: (B, N, 4) float32, x0, y0, x1, y1 in pixels of the original image
         image_cls: (B, W) the [CLS] token before projection
         crop_cls: (B, N, W) the same of every crop
+
+    Example:
+        >>> views = Views(image=torch.eye(2), crop=torch.eye(2)[:, None])  # the one crop is the image
+        >>> views.select(slice(0, 1)).crop.shape
+        torch.Size([1, 1, 2])
     """
 
     image: Tensor

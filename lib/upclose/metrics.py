@@ -43,19 +43,52 @@ def correct(scores: Tensor, label: Tensor, k: int = 1) -> Tensor:
 
 
 def accuracy(scores: Tensor, label: Tensor, k: int = 1) -> float:
-    """Top-k accuracy in per cent."""
+    """Top-k accuracy.
+
+    Args:
+        scores: (B, C), larger is better
+        label: (B,) int64
+        k: how many guesses
+
+    Returns:
+        per cent
+
+    Raises:
+        ValueError: as `correct`
+
+    Example:
+        >>> accuracy(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        50.0
+    """
     return 100 * correct(scores, label, k).double().mean().item()
 
 
 def per_class(hit: Tensor, label: Tensor, classes: int) -> Tensor:
-    """(C,) accuracy in per cent of each class, NaN for a class without images."""
+    """Accuracy of each class.
+
+    Args:
+        hit: (B,) bool, of `correct`
+        label: (B,) int64
+        classes: C
+
+    Returns:
+        (C,) float64 per cent, NaN for a class without images
+    """
     label = torch.as_tensor(label)
     total = torch.bincount(label, minlength=classes)
     return 100 * torch.bincount(label, weights=hit.double(), minlength=classes) / total
 
 
 def confusion(scores: Tensor, label: Tensor) -> Tensor:
-    """(C, C) int64: entry (i, j) counts the images of class i that are taken for class j."""
+    """Which class is taken for which.
+
+    Args:
+        scores: (B, C), larger is better
+        label: (B,) int64
+
+    Returns:
+        (C, C) int64: entry (i, j) counts the images of class i that are taken for class j
+    """
     classes = scores.shape[1]
     return torch.bincount(torch.as_tensor(label) * classes + scores.argmax(1), minlength=classes**2).view(
         classes, classes

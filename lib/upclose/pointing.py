@@ -68,6 +68,11 @@ def share(mass: Tensor, inside: Tensor) -> Tensor:
     Returns:
         (..., M) in 0 to 1; NaN where no crop or every crop shows the part, since nothing could be pointed at wrongly or
         rightly there, and where an attribute has no mass
+
+    Example:
+        >>> inside = torch.tensor([[True], [False]])  # crop 0 shows the part
+        >>> share(torch.tensor([[0.8], [0.2]]), inside).tolist()
+        [0.800000011920929]
     """
     told = inside.any(-2) & ~inside.all(-2)
     return torch.where(told, (mass * inside).sum(-2) / mass.sum(-2), torch.nan)

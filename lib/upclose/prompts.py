@@ -250,7 +250,8 @@ def waffle(class_names: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
         class_names: C names
         seed: of the descriptors
 
-    Source: Roth et al., "Waffling around for Performance", section 4.
+    Source:
+        Roth et al., "Waffling around for Performance", section 4.
     """
     rng = seeds.rng(seed, "waffle")
     words = shipped.checked(paths.PUBLISHED / "words.txt").read_text().split()
@@ -285,7 +286,8 @@ def shuffled(found: Mapping[str, Sequence[str]], seed: int = 0) -> dict[str, Seq
 def templates(dataset: str) -> tuple[str, ...]:
     """CLIP's prompt ensemble of a data set; ImageNet's is fetched, a data set without one has the plain template.
 
-    Source: OpenAI's CLIP repository, data/prompts.md; Places365, which it lacks: WCA's released file.
+    Source:
+        OpenAI's CLIP repository, data/prompts.md; Places365, which it lacks: WCA's released file.
     """
     if rows := _json(shipped.checked(paths.PUBLISHED / "templates.json")).get(_FAMILY.get(dataset, dataset)):
         return tuple(rows)
@@ -300,8 +302,15 @@ def templates(dataset: str) -> tuple[str, ...]:
 def which(descriptor: str) -> str:
     """The relative clause of a descriptor: "which is a seabird", "which has long legs", "which can fly".
 
-    Source: Menon and Vondrick (CLIP-D); LaZSL section 4.1, "which (is/has/etc) {attribute}".
-    Deviates: neither paper says when "is" and when "has"; an article or "used" takes "is", a verb stays, else "has".
+    Source:
+        Menon and Vondrick (CLIP-D); LaZSL section 4.1, "which (is/has/etc) {attribute}".
+
+    Deviates:
+        Neither paper says when "is" and when "has"; an article or "used" takes "is", a verb stays, else "has".
+
+    Example:
+        >>> which("long legs"), which("a seabird")
+        ('which has long legs', 'which is a seabird')
     """
     first = descriptor.split(" ", 1)[0].lower()
     if first in ("has", "have", "is", "are", "often", "typically", "usually", "may", "can"):
@@ -536,7 +545,8 @@ def _ties(sentences: dict[str, list[str]]) -> list[Finding]:
 def question(class_name: str) -> str:
     """What to ask a language model for descriptors of a new class, with two worked examples.
 
-    Source: LaZSL section 4.1; Menon and Vondrick, section 2.
+    Source:
+        LaZSL section 4.1; Menon and Vondrick, section 2.
     """
     asked = "Q: What are useful features for distinguishing a {} in a photo?\n"
     answered = "A: There are several useful visual features to tell there is a {} in a photo:\n"

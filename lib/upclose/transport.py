@@ -61,6 +61,12 @@ def sinkhorn(
 
     Raises:
         ValueError: shapes that do not fit, values that are not finite or negative, marginals that do not sum to one
+
+    Example:
+        >>> half = torch.tensor([0.5, 0.5])
+        >>> plan, rounds = sinkhorn(1 - torch.eye(2), half, half, epsilon=0.01)
+        >>> plan.round(decimals=2).tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
     """
     row, column = _marginals(cost, row, column)
     if not epsilon > 0:
@@ -179,7 +185,8 @@ def sinkhorn_stacked(
     Raises:
         ValueError: max_iter < 1
 
-    Source: Thibault et al., "Overrelaxed Sinkhorn-Knopp algorithm for regularized optimal transport", 2021; Young,
+    Source:
+        Thibault et al., "Overrelaxed Sinkhorn-Knopp algorithm for regularized optimal transport", 2021; Young,
         "Iterative Solution of Large Linear Systems", 1971, ch. 6, for the factor.
     """
     if max_iter < 1:

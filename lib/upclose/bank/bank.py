@@ -99,7 +99,17 @@ class Bank:
         return views, torch.from_numpy(np.asarray(self.label, dtype=np.int64)[index.numpy()]), index
 
     def batches(self, size: int) -> Iterator[tuple[Views | Ladder, Tensor, Tensor]]:
-        """`read` over blocks of `size` images, for a bank that is larger than memory."""
+        """`read` over blocks of images, for a bank that is larger than memory.
+
+        Args:
+            size: images a block
+
+        Yields:
+            as `read`: views, label and index of the readable images of a block
+
+        Raises:
+            BankError: as `read`
+        """
         for start in range(0, len(self), size):
             yield self.read(slice(start, start + size))
 
@@ -113,7 +123,17 @@ class Bank:
 
 
 def key(dataset: Dataset, encoder: object, plan: Plan, dtype: str = "float16") -> str:
-    """The name of the bank that holds these features: the data set's name, its split and a hash of `identity`."""
+    """The name of the bank of these features: the data set's name, its split and a hash of all that decides them.
+
+    Args:
+        dataset: whose pictures
+        encoder: whose embeddings
+        plan: which crops
+        dtype: in which they are stored: "float16", "bfloat16" or "float32"
+
+    Raises:
+        ValueError: a storage type that there is not, or a plan that no bank holds
+    """
     return _key(_identity(dataset, encoder, plan, dtype))
 
 
@@ -184,7 +204,15 @@ def build(
 def open(root: str | os.PathLike | None, dataset: Dataset, encoder: object, plan: Plan, dtype: str = "float16") -> Bank:
     """The finished bank of these features; the sizes of its files are checked, `verify` checks every byte.
 
+    Args:
+        root: under which the bank lies, a folder or an address; None is the cache
+        dataset: as in `key`
+        encoder: as in `key`
+        plan: as in `key`
+        dtype: as in `key`
+
     Raises:
+        ValueError: as `key`
         BankError: there is none, it is unfinished, or a shard is missing or cut short
     """
     name = key(dataset, encoder, plan, dtype)

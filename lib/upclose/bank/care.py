@@ -75,10 +75,17 @@ def verify(root: str | os.PathLike | None, key: str, mend: bool = False) -> list
 
 
 def rm(root: str | os.PathLike | None, key: str) -> int:
-    """Remove a bank, once nobody builds it, and return the bytes that it held.
+    """Remove a bank, once nobody builds it.
 
     Of a finished remote bank the copies in this machine's cache go as well; other machines keep theirs, whose folder
     (`shards` in the cache) can be removed at any time.
+
+    Args:
+        root: under which the bank lies
+        key: of the bank
+
+    Returns:
+        the bytes that it held
 
     Raises:
         stores.BankError: there is no such bank

@@ -94,7 +94,8 @@ def entry(dataset: str, protocol: str | None = None) -> Entry:
 def imagenet_classes() -> dict[str, str]:
     """Folder (wnid) -> name of ImageNet's 1000 classes, in label order; every name is different.
 
-    Deviates: OpenAI's current list has two pairs of equal names ("missile", "sunglasses"); this is its first list,
+    Deviates:
+        OpenAI's current list has two pairs of equal names ("missile", "sunglasses"); this is its first list,
     which the published descriptions use and in which they differ.
     """
     with shipped.checked(paths.PUBLISHED / "imagenet_classes.csv").open(newline="", encoding="utf-8") as file:

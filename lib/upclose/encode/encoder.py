@@ -148,7 +148,8 @@ class Encoder:
         Raises:
             ValueError: `cls` of a tower that has no [CLS] token
 
-        Deviates: attentional pooling (CoCa) has no LayerNorm of width W; there the token is the transformer's output.
+        Deviates:
+            Attentional pooling (CoCa) has no LayerNorm of width W; there the token is the transformer's output.
         """
         return self._features(x, cls, bool(self.compile))
 
@@ -220,7 +221,8 @@ class Encoder:
         Returns:
             (B, D) float32 unit norm; with `cls` also (B, W)
 
-        Deviates: always bicubic, also where a tag was trained with bilinear resizing (MobileCLIP, PE).
+        Deviates:
+            Always bicubic, also where a tag was trained with bilinear resizing (MobileCLIP, PE).
         """
         for picture in pixels:
             _check_picture(picture)
@@ -280,10 +282,16 @@ class Encoder:
 
     @torch.no_grad()
     def encode_text(self, text: Sequence[str]) -> Tensor:
-        """Embed L sentences; each distinct one is encoded once for these weights and then remembered.
+        """Embed sentences; each distinct one is encoded once for these weights and then remembered.
+
+        Args:
+            text: L sentences; what is longer than the tokenizer reads is cut
 
         Returns:
-            (L, D) float32 unit norm
+            (L, D) float32 unit norm, on the encoder's device
+
+        Raises:
+            TypeError: one sentence instead of a list
         """
         if isinstance(text, str):
             raise TypeError(f"encode_text takes a list of sentences: give [{text!r}]")
@@ -519,6 +527,11 @@ def load(
             without it; a checkpoint that cannot be read or has other shapes
         FileNotFoundError: a checkpoint that is not there
         ConnectionError: weights that cannot be downloaded
+
+    Example:
+        >>> encoder = load("birdlets-tiny", device="cpu")
+        >>> encoder.encode_text(["a photo of a bird.", "a photo of an orange beak."]).shape
+        torch.Size([2, 128])
     """
     name = os.fspath(name)
     device = _device(device)

@@ -34,6 +34,12 @@ def scores(views: Views, text: Text) -> Tensor:
 
     Source:
         LGCA eq. 1; CLIP section 3.1.2.
+
+    Example:
+        >>> import torch
+        >>> text = Text.from_lists(torch.eye(2), list(torch.eye(2)[:, None]))
+        >>> scores(Views(torch.tensor([[0.6, 0.8]]), torch.zeros(1, 0, 2)), text).argmax(1)
+        tensor([1])
     """
     return (views.image @ text.label.mT).float()
 

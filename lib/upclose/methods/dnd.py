@@ -1,15 +1,17 @@
 """D&D: crops and descriptions matched by the earth mover's distance; zero-shot, few-shot and test-time.
 
-Source: "Helping CLIP See Both the Forest and the Trees: A Decomposition and Description Approach", arXiv 2507.03458.
-
-Legend: an image is M random crops v_j, a class is N descriptions i_k (our Views and Text count them N and M, as the
-other methods of this package do, and so do the shapes below: N crops, M descriptions). c_jk = 1 - cos(v_j, i_k) is
-the cost, T the transport plan, h the crop that a description selects.
+    v_j    (N, D)   crop j of an image, unit norm; the paper has M of them
+    i_k    (M, D)   description k of a class, unit norm; the paper has N of them
+    c_jk   (N, M)   the cost 1 - cos(v_j, i_k)
+    T      (N, M)   the transport plan
+    h               the crop that a description selects
 
     EMD(image, class) = min_T sum_jk T_jk c_jk,   sum_k T_jk = 1/N,   sum_j T_jk = 1/M,   T >= 0        (4)
     key of (image, description i_k) = v_h,   h = argmax_j cos(v_j, i_k)                       (section 4.2)
 
 The class of least cost is predicted; the few-shot cache votes as Tip-Adapter's does and is added to minus the cost.
+
+Source: "Helping CLIP See Both the Forest and the Trees: A Decomposition and Description Approach" (arXiv 2507.03458).
 """
 
 from __future__ import annotations
@@ -70,9 +72,18 @@ def scores(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1
     Raises:
         ValueError: no crop, a class without a description, epsilon <= 0
 
-    Source: D&D, eq. 4.
-    Deviates: the paper's summary, from which this is written, gives neither epsilon nor a stopping rule; 0.01 resolves
+    Source:
+        D&D, eq. 4.
+
+    Deviates:
+        The paper's summary, from which this is written, gives neither epsilon nor a stopping rule; 0.01 resolves
         differences of cosine that matter to CLIP.
+
+    Example:
+        >>> views = Views(torch.eye(2)[:1], torch.eye(2)[None])
+        >>> text = Text.from_lists(torch.eye(2), [torch.eye(2), torch.eye(2)[1:]])
+        >>> scores(views, text).round(decimals=2).tolist()  # both crops find a description of class 0
+        [[0.0, -0.5]]
     """
     if exact:
         return _by_tile(views, text, lambda cosine, column: (_exact(cosine, column) * (cosine - 1)).sum((0, 1)))
@@ -138,7 +149,8 @@ def local_cache(views: Views, label: Tensor, text: Text) -> Cache:
     Raises:
         ValueError: sizes that do not fit, a label outside the classes of `text`, no crop, a class without a description
 
-    Source: D&D, section 4.2.
+    Source:
+        D&D, section 4.2.
     """
     check_cropped(views)
     if len(label) != len(views.crop):
@@ -178,8 +190,11 @@ def cache_scores(views: Views, cache: Cache, classes: int, beta: float) -> Tenso
     Raises:
         ValueError: as `tip_adapter.scores`
 
-    Source: D&D, section 4.2; Tip-Adapter, section 3.1.
-    Deviates: the summary does not say how test crops are aggregated; the uniform mean is eq. 4's mass of a crop.
+    Source:
+        D&D, section 4.2; Tip-Adapter, section 3.1.
+
+    Deviates:
+        The summary does not say how test crops are aggregated; the uniform mean is eq. 4's mass of a crop.
     """
     n = views.crop.shape[1]
     return torch.cat(
@@ -231,9 +246,12 @@ def stream(
     Raises:
         ValueError: capacity < 1, or `zero_shot` of another shape
 
-    Source: D&D's test-time setting; Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models"
-        (TDA), the positive cache. As in TDA an image joins before it is scored, so its own keys vote too.
-    Deviates: no negative cache, and the entropy is that of one prediction, not of an average over augmented views: the
+    Source:
+        D&D's test-time setting; Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models" (TDA), the
+        positive cache. As in TDA an image joins before it is scored, so its own keys vote too.
+
+    Deviates:
+        No negative cache, and the entropy is that of one prediction, not of an average over augmented views: the
         summary mentions neither. An equal entropy pushes no older image out; of equal ones the youngest leaves first.
     """
     if capacity < 1:

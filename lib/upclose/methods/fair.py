@@ -211,6 +211,11 @@ def scores(views: Views, anchors: Tensor, k: int | None = 4) -> Tensor:
     Deviates:
         Eq. 13 sorts upwards as it stands; the text takes the most relevant crops, so downwards. Of equal weights the
         lower i comes first. The k weights are not normalised again, as in eq. 14.
+
+    Example:
+        >>> views = Views(torch.eye(2)[:1], torch.eye(2)[None], None, torch.eye(2)[:1], torch.eye(2)[None])
+        >>> scores(views, anchors=torch.eye(2), k=1).tolist()  # the crop whose token is the image's
+        [[1.0, 0.0]]
     """
     return _alignment(views, normalize(anchors, dim=-1), k, "cls")
 

@@ -1,15 +1,16 @@
-"""LADS: Latent Augmentation using Domain descriptionS (Dunlap et al., Using Language to Extend to Unseen Domains).
+"""LADS, latent augmentation using domain descriptions: embeddings are moved to a domain that only its name describes.
 
-A network moves an image embedding from its domain to one that only its name describes. LARE needs no such name.
+    I_theta(x_i), y_i       (N, D), (N,)   image embedding of unit norm, its class                  x, y
+    T_theta(y)              (C, D)         embedding of "a photo of a [label]", of unit norm        label
+    T_theta(t_training, y)  (C, D)         embedding of "a photo of a [label]", or of whatever the  text_train
+                                           training domain is
+    T_theta(t_unseen, y)    (C, D)         embedding of "a painting of a [label]"                   text_unseen
+    f_aug                                  R^D -> R^D, two layers                                   network
+    alpha                                  weight of domain alignment against class consistency     alpha
 
-    paper                   here            shape     meaning
-    I_theta(x_i), y_i       x, y            (N, D)    image embedding of unit norm, its class (N,)
-    T_theta(y)              label           (C, D)    embedding of "a photo of a [label]", of unit norm
-    T_theta(t_training, y)  text_train      (C, D)    embedding of "a photo of a [label]", or of
-                                                      whatever the training domain is
-    T_theta(t_unseen, y)    text_unseen     (C, D)    embedding of "a painting of a [label]"
-    f_aug                   network         Network   R^D -> R^D, two layers
-    alpha                   alpha           -         weight of domain alignment against class consistency
+LARE needs no name of the domain.
+
+Source: Dunlap et al., "Using Language to Extend to Unseen Domains", ICLR 2023 (arXiv 2210.09520), section 3.
 """
 
 from __future__ import annotations
@@ -109,12 +110,35 @@ def fit(
 
 
 def augment(network: Network, x: Tensor) -> Tensor:
-    """f_aug: (B, D) or (S, B, D) -> (S, B, D) unit norm. As samples of the probe: `augment(...)[:, :, None]`."""
+    """f_aug: the images in the unseen domain.
+
+    Args:
+        network: of `fit`
+        x: (B, D), the same images for all seeds, or (S, B, D), unit norm
+
+    Returns:
+        (S, B, D) unit norm; as samples of the probe, `augment(...)[:, :, None]`
+
+    Source:
+        LADS, section 3: f(x) normalised, as in L_CC.
+    """
     return F.normalize(network(x.to(network.bias_in.dtype)), dim=2)
 
 
 def domain_alignment_loss(x: Tensor, moved: Tensor, direction: Tensor) -> Tensor:
-    """L_DA: the sum over images of 1 - cos(f(x) - x, t_unseen - t_train), all (..., D); f(x) is not normalised."""
+    """L_DA: the sum over images of 1 - cos(f(x) - x, t_unseen - t_train).
+
+    Args:
+        x: (..., D)
+        moved: (..., D) f(x), not normalised
+        direction: (..., D) t_unseen - t_train of each image's class
+
+    Returns:
+        scalar
+
+    Source:
+        LADS, section 3.
+    """
     return (1 - F.cosine_similarity(moved - x, direction, dim=-1)).sum()
 
 

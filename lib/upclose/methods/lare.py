@@ -1,17 +1,18 @@
-"""LARE: Latent Augmentation using Regional Embedding with Vision-Language Model (Sakurai et al.).
+"""LARE, latent augmentation using regional embedding: an image is a box, whose points train a linear probe.
 
-An image is embedded as a box whose two opposite corners a small network gives; points of the box train a linear probe.
+    x_i, y_i     (N, D), (N,)   image embedding of unit norm, its class              x, y
+    T_theta(y)   (C, D)         embedding of "a photo of a [label]", of unit norm    label
+    f_Box                       R^D -> R^2D, two layers                              network
+    X^-, X^+     (S, N, D)      corners of unit norm, one box an image and seed;     minus, plus
+                                X^-_j may exceed X^+_j
+    n                           minibatch size                                       B
+    alpha                       weight of class consistency against volume           alpha
 
-    paper            here          shape       meaning
-    x_i, y_i         x, y          (N, D)      image embedding of unit norm, its class (N,)
-    T_theta(y)       label         (C, D)      embedding of "a photo of a [label]", of unit norm
-    f_Box            network       Network     R^D -> R^2D, two layers
-    X^-, X^+         minus, plus   (S, N, D)   corners of unit norm, one box an image and seed; X^-_j may exceed X^+_j
-    n                B             -           minibatch size
-    alpha            alpha         -           weight of class consistency against volume
+Stage 1 is `fit_boxes`; stage 2 is `sample` and `probe.fit(..., sample=...)`. `noise` and `mixup` are the controls in
+the same budget of samples, which tell boxes from mere augmentation.
 
-Stage 1 is `fit_boxes`; stage 2 is `sample` and `upclose.methods.probe.fit(..., sample=...)`. `noise` and `mixup` are
-the controls in the same budget of samples, which tell boxes from mere augmentation.
+Source: Sakurai et al., "LARE: Latent Augmentation using Regional Embedding with Vision-Language Model" (arXiv
+2409.12597), equations by number.
 """
 
 from __future__ import annotations
@@ -165,7 +166,18 @@ def fit_network(
 
 
 def f_box(network: Network, x: Tensor) -> Boxes:
-    """Eq. 2: the corners of the images (B, D), or (S, B, D) one set a seed, each corner normalised."""
+    """The corners of images, each normalised.
+
+    Args:
+        network: f_Box of S seeds
+        x: (B, D), the same images for all seeds, or (S, B, D)
+
+    Returns:
+        (S, B, D) each
+
+    Source:
+        Eq. 2.
+    """
     return Boxes(*(F.normalize(corner, dim=2) for corner in _corners(network, x.to(network.bias_in.dtype)).unbind(2)))
 
 
@@ -177,12 +189,31 @@ def losses(boxes: Boxes, label: Tensor, y: Tensor, *, logit_scale: float = 1.0) 
         label: (C, D) unit norm, without gradients
         y: (S, B) int64
         logit_scale: multiplies the cosines before the softmax
+
+    Returns:
+        four scalars
+
+    Source:
+        Eqs. 3-6.
     """
     return corner_losses(torch.stack(boxes, 2), label, y, logit_scale=logit_scale)
 
 
 def corner_losses(corners: Tensor, label: Tensor, y: Tensor, *, logit_scale: float = 1.0) -> Losses:
-    """`losses` of X^- and X^+ in one tensor (S, B, 2, D), as f_Box gives them."""
+    """`losses` of both corners in one tensor, as f_Box gives them.
+
+    Args:
+        corners: (S, B, 2, D), X^- and X^+, of any norm
+        label: (C, D) unit norm, without gradients
+        y: (S, B) int64
+        logit_scale: multiplies the cosines before the softmax
+
+    Returns:
+        four scalars, summed over the images and seeds
+
+    Source:
+        Eqs. 3-6.
+    """
     between, with_labels = ensemble.cosines(corners, label)
     minus, plus = (logit_scale * with_labels).unbind(2)
     return Losses(
@@ -194,7 +225,18 @@ def corner_losses(corners: Tensor, label: Tensor, y: Tensor, *, logit_scale: flo
 
 
 def objective(losses: Losses, alpha: float) -> Tensor:
-    """Eq. 7: scalar."""
+    """(1 - alpha) L_BV + alpha (L_CC^- + L_CC^+ + L_CC) / 3.
+
+    Args:
+        losses: of eqs. 3-6
+        alpha: weight of class consistency, in [0, 1]
+
+    Returns:
+        scalar
+
+    Source:
+        Eq. 7.
+    """
     return (1 - alpha) * losses.volume + alpha * (losses.minus + losses.plus + losses.centre) / 3
 
 
@@ -215,6 +257,12 @@ def sample(boxes: Boxes, n: int, generator: torch.Generator | Sequence[torch.Gen
     Deviates:
         The paper does not say whether samples are normalised. They are not: a normalised point may lie outside the box.
         `torch.nn.functional.normalize(points, dim=-1)` gives the other reading. X^- <= X^+ is not needed.
+
+    Example:
+        >>> boxes = Boxes(torch.zeros(1, 1, 2), torch.ones(1, 1, 2))  # one seed, one image
+        >>> points = sample(boxes, 3, torch.Generator().manual_seed(0))
+        >>> points.shape, bool(((points >= 0) & (points <= 1)).all())
+        (torch.Size([1, 1, 3, 2]), True)
     """
     minus, plus = (corner.unsqueeze(-2) for corner in boxes)
     shape = (*minus.shape[:-2], n, minus.shape[-1])

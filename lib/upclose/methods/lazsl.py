@@ -1,15 +1,17 @@
-"""LaZSL: crops of an image and attributes of a class, aligned by optimal transport (arXiv:2506.23822).
+"""LaZSL: crops of an image and attributes of a class, aligned by optimal transport.
 
-Legend, with the paper's equations:
-    p^l_i, p^g   embedding of crop i and of the whole image (3)         views.crop, views.image
-    q_j          embedding of attribute j of class y (4)                text.description
-    delta, r*    mean cosine of crops and image; the crops' mass (6-9)   `crop_mass`
-    sim*, C*     hybrid similarity (16) and cost 1 - sim* (10)           `_logit`
-    T            transport plan between r* and c = 1/M (5, 11-14)        `plans`
-    psi_y        <T, sim*> (15), the score of class y (17)               `scores`
+    p^l_i, p^g   (N, D), (D,)   crop i and the whole image, eq. 3                views.crop, views.image
+    q_j          (M, D)         attribute j of class y, eq. 4                    text.description
+    delta, r*    (), (N,)       mean cosine of crops and image, and the crops' mass, eqs. 6-9   `crop_mass`
+    sim*, C*     (N, M)         hybrid similarity, eq. 16, and cost 1 - sim*, eq. 10            `_logit`
+    T            (N, M)         transport plan between r* and c = 1/M, eqs. 5 and 11-14         `plans`
+    psi_y        ()             <T, sim*>, eq. 15: the score of class y, eq. 17                 `scores`
 
 All classes and a piece of the images are one batch of transport problems without padding, whose similarities are one
 matrix product. The image's share of sim* is the same for all crops: it moves no mass, and joins the score at the end.
+
+Source: "Interpretable Zero-Shot Learning with Locally-Aligned Vision-Language Model" (arXiv 2506.23822), equations by
+number.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def scores(
         ValueError: theta outside 0 to 1, epsilon not positive, embeddings that are not finite or not of unit norm,
             a class without attributes
 
-    Source: LaZSL, eqs. 5-17.
+    Source:
+        LaZSL, eqs. 5-17.
 
     Deviates:
         - lambda is not in the paper; 0.1 is what the released program uses.
@@ -76,6 +79,14 @@ def scores(
           "A photo of a". `prompts` builds the paper's.
         - Crops whose cosines with the image are all equal are all kept: a crop is dropped when it lies more than
           1e-6 below the mean, where rounding alone would decide otherwise.
+
+    Example:
+        >>> views = Views(torch.eye(2)[:1], torch.eye(2)[None])  # crop 1 is less like the image: it gets no mass
+        >>> text = Text.from_lists(torch.eye(2), list(torch.eye(2)[:, None]))
+        >>> scores(views, text).round(decimals=2).tolist()
+        [[1.0, 0.0]]
+        >>> plans(views, text)[0, 0].tolist()  # (N, M) of class 0
+        [[1.0], [0.0]]
     """
     theta, epsilon = _weights(theta, hybrid, epsilon)
     _check(views, text)
@@ -147,7 +158,8 @@ def crop_mass(views: Views, *, selection: bool = True) -> Tensor:
     Returns:
         (B, N), each row sums to 1
 
-    Source: LaZSL, eqs. 6-9.
+    Source:
+        LaZSL, eqs. 6-9.
     """
     cosine = (views.image[:, None] @ views.crop.mT)[:, 0]
     delta = cosine.mean(-1, keepdim=True)  # (6)

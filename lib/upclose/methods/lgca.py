@@ -120,6 +120,12 @@ def scores(
         - Two crops whose expanded boxes have become equal share one encoding and stay two members of the set, as two
           equal random crops would at step 1.
         - Re-weighting is eq. 7 over the crops that remain, at their new size; v_t never changes.
+
+    Example:
+        >>> ladder = Ladder(torch.eye(2)[:1], torch.eye(2).expand(1, 1, 2, 2))  # one step of two crops: WCA
+        >>> text = Text.from_lists(torch.eye(2), list(torch.eye(2)[:, None]))
+        >>> scores(ladder, text)
+        tensor([[0.7311, 0.2689]])
     """
     levels = ladder.crop.shape[1]
     if alphas is None:

@@ -5,7 +5,9 @@
     LGCA_Q    Q inside the expansion steps; T times a sort of A's entries
     I, L      exponents: Q costs N^I M^L for one image and one class
 
-Everything is for one image and one class unless it says otherwise. Source: arXiv 2511.00419, section 5.
+Everything is for one image and one class unless it says otherwise.
+
+Source: LGCA (arXiv 2511.00419), section 5.
 """
 
 from __future__ import annotations

@@ -85,6 +85,12 @@ def fit(
         Learning rate, weight decay, the number of epochs that "best" is searched in and the layer's initial values are
         not given: 1e-2, LADS' released 0.05, 100 and U(-1/sqrt(D), 1/sqrt(D)). Nor is the validation split: the caller
         gives it, and it must hold images of the training domain only.
+
+    Example:
+        >>> x, y = torch.eye(2).repeat(4, 1), torch.tensor([0, 1]).repeat(4)
+        >>> fitted = fit(x, y, x, y, seeds=[0, 1], epochs=5, learning_rate=0.5)
+        >>> predict(fitted, torch.eye(2)).tolist()
+        [[0, 1], [0, 1]]
     """
     x = ensemble.check_embeddings(x, "x")
     x_val = ensemble.check_embeddings(x_val, "x_val", V=None, D=x.shape[1])
@@ -118,12 +124,34 @@ def fit(
 
 
 def scores(probe: Probe, x: Tensor) -> Tensor:
-    """(B, D) or (S, B, D) -> (S, B, C), larger is better."""
+    """Scores of every seed, x weight + bias.
+
+    Args:
+        probe: of S seeds
+        x: (B, D), the same images for all seeds, or (S, B, D)
+
+    Returns:
+        (S, B, C), larger is better
+
+    Source:
+        LARE, section 3.2.
+    """
     return ensemble.affine(x.to(probe.weight.dtype).expand(len(probe.weight), -1, -1), probe.weight, probe.bias)
 
 
 def predict(probe: Probe, x: Tensor) -> Tensor:
-    """(B, D) -> (S, B) int64, the class of each image by each seed; 8192 images at a time."""
+    """The class of each image by each seed, 8,192 images at a time.
+
+    Args:
+        probe: of S seeds
+        x: (B, D)
+
+    Returns:
+        (S, B) int64
+
+    Source:
+        LARE, section 3.2.
+    """
     return torch.cat([scores(probe, rows).argmax(2) for rows in x.split(CHUNK)], 1)
 
 

@@ -1,7 +1,10 @@
 """TDA, a training-free dynamic adapter: a stream's most certain images vote for their class, its doubtful ones against.
 
-Legend: f (D,) an image, unit norm; l (C,) its logits, 100 f W^T; p their softmax; H the entropy of p in nats; k a
-cached image with its answer c_k and its p_k; alpha and beta weight and sharpness of the positive cache.
+    f             (D,)   an image, unit norm
+    l, p          (C,)   its logits, 100 f W^T, and their softmax
+    H                    the entropy of p in nats
+    k                    a cached image with its answer c_k and its p_k
+    alpha, beta          weight and sharpness of the positive cache
 
     l + alpha sum_k exp(-beta (1 - f.k)) onehot(c_k) - 0.117 sum_k exp(-(1 - f.k)) [0.03 < p_k < 1]
 

@@ -1,15 +1,20 @@
 """Tip-Adapter and Tip-Adapter-F: a few labelled images as a cache of keys that vote for their classes.
 
-Source: Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification", ECCV 2022, section 3.
-
-Legend: f a test embedding, F_train (K, D) the keys, L_train (K, C) their labels one-hot (kept as class numbers here),
-W_c (C, D) the class prompts, A the affinities, alpha the weight of the cache, beta the sharpness of the affinity.
+    f         (D,)     a test embedding, unit norm
+    F_train   (K, D)   the keys
+    L_train   (K, C)   their labels one-hot, kept as class numbers here
+    W_c       (C, D)   the class prompts
+    A         (K,)     the affinities
+    alpha              weight of the cache
+    beta               sharpness of the affinity
 
     A      = exp(-beta (1 - f F_train^T))
     logits = alpha A L_train + f W_c^T
 
-The second line is a plain sum, `zero_shot + alpha * scores(...)`, with zero-shot scores in units of cosine. The
-paper writes 100 f W_c^T, so its alpha is 100 times ours.
+The second line is a plain sum, `zero_shot + alpha * scores(...)`, with zero-shot scores in units of cosine. The paper
+writes 100 f W_c^T, so its alpha is 100 times ours.
+
+Source: Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification", ECCV 2022, section 3.
 """
 
 from __future__ import annotations
@@ -46,7 +51,8 @@ def shots(label: np.ndarray | Tensor, k: int, seed: int = 0) -> Tensor:
     Raises:
         ValueError: k < 1
 
-    Deviates: CoOp draws with Python's `random` once a data set; here each class has a stream of its own.
+    Deviates:
+        CoOp draws with Python's `random` once a data set; here each class has a stream of its own.
     """
     if k < 1:
         raise ValueError(f"{k} shots a class: at least 1 is needed (0 shots is the zero-shot method)")
@@ -83,12 +89,36 @@ def queue(answer: list[int], entropy: list[float], capacity: int) -> list[int]:
 
 
 def affinity(image: Tensor, key: Tensor, beta: float) -> Tensor:
-    """exp(-beta (1 - cos)) of keys (K, D) with images (B, D): A^T, (K, B), so that votes add whole rows."""
+    """A^T: how near the keys are to images.
+
+    Args:
+        image: (B, D) unit norm
+        key: (K, D) unit norm
+        beta: sharpness, >= 0
+
+    Returns:
+        (K, B), exp(-beta (1 - cos)): keys first, so that `cache_logits` adds whole rows
+
+    Source:
+        Tip-Adapter, section 3.1.
+    """
     return (key @ image.T).sub_(1).mul_(beta).exp_()
 
 
 def cache_logits(affinity: Tensor, label: Tensor, classes: int) -> Tensor:
-    """A L_train: affinities (K, B) summed over the keys of each class, label (K,) -> (B, C)."""
+    """A L_train: the affinities of each class's keys, summed.
+
+    Args:
+        affinity: (K, B), of `affinity`
+        label: (K,) int64 in [0, C), the class of each key
+        classes: C
+
+    Returns:
+        (B, C), 0 for a class without a key
+
+    Source:
+        Tip-Adapter, section 3.1.
+    """
     return affinity.new_zeros(classes, affinity.shape[1]).index_add_(0, label, affinity).T
 
 
@@ -111,7 +141,12 @@ def scores(image: Tensor, key: Tensor, label: Tensor, *, classes: int, beta: flo
     Raises:
         ValueError: sizes that do not fit, a negative beta, on the CPU a label outside 0 .. C-1
 
-    Source: Tip-Adapter, section 3.1.
+    Source:
+        Tip-Adapter, section 3.1.
+
+    Example:
+        >>> scores(torch.eye(2), torch.eye(2), torch.tensor([1, 0]), classes=2, beta=5.5).argmax(1)
+        tensor([1, 0])
     """
     if len(key) != len(label):
         raise ValueError(f"{len(key)} keys but {len(label)} labels: give one label a key")
@@ -167,9 +202,12 @@ def finetune(
     Raises:
         ValueError: sizes that do not fit, or no training image
 
-    Source: Tip-Adapter, section 3.2.
-    Deviates: the released program draws a new random crop of each shot every epoch; here the embeddings are given, so
-        that a run needs no encoder. AdamW's eps 1e-4 and its weight decay 0.01 are the released program's.
+    Source:
+        Tip-Adapter, section 3.2.
+
+    Deviates:
+        The released program draws a new random crop of each shot every epoch; here the embeddings are given, so that a
+        run needs no encoder. AdamW's eps 1e-4 and its weight decay 0.01 are the released program's.
     """
     if not len(image) == len(target) == len(zero_shot) or len(image) == 0:
         raise ValueError(

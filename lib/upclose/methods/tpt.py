@@ -1,7 +1,9 @@
 """TPT, test-time prompt tuning: one step on the prompt's context an image, towards agreement of its confident views.
 
-Legend: v_1 .. v_V the views of one image, v_1 the whole; t_c(u) the prompt of class c with the context u in place of "a
-photo of a"; p_v the softmax of logit_scale * cos(v, t(u)); H the entropy.
+    v_1 .. v_V   (V, D)   the views of one image, v_1 the whole
+    t_c(u)       (C, D)   the prompt of class c with the context u in place of "a photo of a"
+    p_v          (C,)     the softmax of logit_scale * cos(v, t(u))
+    H                     the entropy
 
     keep the views with the smallest H(p_v), a share `keep` of them
     u <- u - AdamW of the gradient of H(mean of the kept p_v)

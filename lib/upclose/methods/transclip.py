@@ -1,8 +1,12 @@
 """TransCLIP-ZS: all test images at once, each answer pulled to its neighbours', to its class's centre and to CLIP's.
 
-Legend: f_i (D,) image i of B, unit norm; l (B, C) CLIP's logits; y_i the softmax of l_i; z_i (C,) the soft assignment,
-which sums to one; mu_c (D,) the centre of class c, unit norm; sigma (D,) one variance a dimension for all classes;
-w_ij the cosine of i with j where j is among the nearest neighbours of i, else 0; lambda the weight of y.
+    f_i      (D,)     image i of B, unit norm
+    l, y_i   (B, C)   CLIP's logits, and the softmax of l_i
+    z_i      (C,)     the soft assignment, which sums to one
+    mu_c     (D,)     the centre of class c, unit norm
+    sigma    (D,)     one variance a dimension for all classes
+    w_ij              the cosine of i with j where j is among the nearest neighbours of i, else 0
+    lambda            the weight of y
 
     z_ic = y_ic exp(a_ic / lambda) / sum_c'                                                           (step z)
     a_ic = -1/2 sum_d (f_id - mu_cd)^2 / sigma_d + lambda / (2 neighbours) sum_j (w_ij + w_ji) z_jc

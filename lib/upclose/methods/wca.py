@@ -28,6 +28,10 @@ RELEASED = dict(image_scale=e**4, text_scale=e**2, normalise=True)
 def image_weights(views: Views, *, scale: float = 1.0) -> Tensor:
     """w_i: softmax over an image's crops of scale * cos(f, f_i).
 
+    Args:
+        views: image (B, D) and crop (B, N, D), unit norm
+        scale: multiplies the cosines before the softmax
+
     Returns:
         (B, N), each row sums to 1; uniform at scale 0
 
@@ -38,12 +42,27 @@ def image_weights(views: Views, *, scale: float = 1.0) -> Tensor:
 
 
 def image_means(views: Views, *, scale: float = 1.0) -> Tensor:
-    """sum_i w_i f_i of each image, (B, D), not normalised; the mean of its crops at scale 0."""
+    """sum_i w_i f_i of each image.
+
+    Args:
+        views: image (B, D) and crop (B, N, D), unit norm
+        scale: as in `image_weights`
+
+    Returns:
+        (B, D), not normalised; the mean of an image's crops at scale 0
+
+    Source:
+        The image's side of FAIR eq. 10.
+    """
     return torch.einsum("bn,bnd->bd", image_weights(views, scale=scale), views.crop)
 
 
 def text_weights(text: Text, *, scale: float = 1.0) -> Tensor:
     """v_j: softmax over a class's descriptions of scale * cos(y, t_j).
+
+    Args:
+        text: label (C, D) and description (L, D), unit norm
+        scale: multiplies the cosines before the softmax
 
     Returns:
         (L,), the weights of each class sum to 1; uniform within a class at scale 0
@@ -62,7 +81,21 @@ def text_weights(text: Text, *, scale: float = 1.0) -> Tensor:
 
 
 def class_means(text: Text, *, scale: float = 1.0) -> Tensor:
-    """sum_j v_j t_j of each class, (C, D), not normalised."""
+    """sum_j v_j t_j of each class.
+
+    Args:
+        text: label (C, D) and description (L, D), unit norm
+        scale: as in `text_weights`
+
+    Returns:
+        (C, D), not normalised; the mean of a class's descriptions at scale 0
+
+    Raises:
+        ValueError: on the CPU, a class without descriptions
+
+    Source:
+        The text's side of FAIR eq. 10.
+    """
     return text.sum(text_weights(text, scale=scale)[:, None] * text.description)
 
 
@@ -89,6 +122,14 @@ def scores(
         The equations have no temperature and no second normalisation; the released program has both. The default is
         the equations, `RELEASED` the program. Normalising the image side cannot change a ranking within an image;
         normalising the text side can.
+
+    Example:
+        >>> views = Views(torch.eye(2)[:1], torch.eye(2)[None])  # one image; crop 0 is like it, crop 1 is not
+        >>> text = Text.from_lists(torch.eye(2), list(torch.eye(2)[:, None]))
+        >>> scores(views, text)
+        tensor([[0.7311, 0.2689]])
+        >>> scores(views, text, **RELEASED).argmax(1).tolist()
+        [0]
     """
     image, label = image_means(views, scale=image_scale), class_means(text, scale=text_scale)
     if normalise:
