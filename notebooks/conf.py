@@ -88,7 +88,7 @@ def tables(app) -> None:
     folder = Path(app.srcdir) / "generated"
     folder.mkdir(exist_ok=True)
     measured = report.collect(ROOT / "results")
-    for paper, name in compare.PAPERS.items():
+    for paper, name in compare.papers().items():
         parts = [f"# {paper}: paper versus ours\n"]
         for table, lines in compare.versus(measured, paper).groupby("table", sort=False):
             status = ", ".join(f"{n} {kind}" for kind, n in lines.status.value_counts().items())
@@ -124,6 +124,9 @@ def docstring(app, what, name, obj, options, lines) -> None:
     A legend (an indented block of a module's docstring) keeps its columns; `Source:` and `Deviates:` are fields; each
     method names the notebook that shows it.
     """
+    if what == "data" and lines and (type(obj).__doc__ or "").startswith(lines[0]):
+        lines.clear()  # a variable without a docstring has its type's
+    lines[:] = _lists(lines)
     if what == "module":
         lines[:] = _legends(lines)
         paper = name.removeprefix("upclose.methods.")
@@ -149,6 +152,24 @@ def _field(match: re.Match) -> str:
     return f"\n:{match[1]}: " + " ".join(match[2].split()) + "\n"
 
 
+def _lists(lines: list[str]) -> list[str]:
+    """The lines with an empty one before and after every list, which reStructuredText asks for."""
+    out: list[str] = []
+    inside = None  # the indent of the list that is being read
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        item = line.lstrip().startswith("- ")
+        if item and inside is None and out and out[-1].strip():
+            out.append("")
+        if not item and inside is not None and line.strip() and indent <= inside:
+            out += [""] if out[-1].strip() else []
+            inside = None
+        if item and (inside is None or indent <= inside):
+            inside = indent
+        out.append(line)
+    return out
+
+
 def _legends(lines: list[str]) -> list[str]:
     """The lines with every block that is indented by four made a literal one."""
     out: list[str] = []
@@ -163,7 +184,7 @@ def times(app, doctree) -> None:
     """Say below a notebook's title how long its last recorded run took."""
     name = Path(app.env.docname).name
     runs = sorted((ROOT / "results").glob(f"*/{name}-*/run.json"))
-    if runs and app.env.doc2path(app.env.docname).endswith(".ipynb") and "solutions" not in app.env.docname:
+    if runs and str(app.env.doc2path(app.env.docname)).endswith(".ipynb") and "solutions" not in app.env.docname:
         facts = json.loads(runs[-1].read_text())
         said = (
             f"Its recorded run of {runs[-1].parts[-3]} took {facts['seconds']:.0f} s on {facts.get('device', 'cpu')}."
@@ -195,6 +216,25 @@ def _parents(node: nodes.Node):
         yield node
 
 
+def glossary(app, doctree, docname) -> None:
+    """Link the first use of each term of the guide's glossary on a notebook's page."""
+    if not str(app.env.doc2path(docname)).endswith(".ipynb"):
+        return
+    terms = [name for kind, name in app.env.get_domain("std").objects if kind == "term"]
+    for text in list(doctree.findall(nodes.Text)):
+        above = text.parent
+        if not isinstance(above, nodes.paragraph) or not terms:
+            continue
+        if match := re.search(rf"\b({'|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))})s?\b", text):
+            terms.remove(match[1])
+            page, label = app.env.get_domain("std").objects["term", match[1]]
+            link = nodes.reference("", match[0], internal=True)
+            link["refuri"] = f"{app.builder.get_relative_uri(docname, page)}#{label}"
+            parts = [nodes.Text(text[: match.start()]), link, nodes.Text(text[match.end() :])]
+            place = above.index(text)
+            above[place : place + 1] = parts
+
+
 def finish(app, error) -> None:
     """Beside the pages, the dated results; of MathJax only what TeX on a page needs."""
     if error is not None:
@@ -218,4 +258,5 @@ def setup(app) -> None:
     app.connect("autodoc-process-docstring", docstring)
     app.connect("doctree-read", times)
     app.connect("doctree-resolved", captions)
+    app.connect("doctree-resolved", glossary)
     app.connect("build-finished", finish)
