@@ -96,7 +96,7 @@ def imagenet_classes() -> dict[str, str]:
 
     Deviates:
         OpenAI's current list has two pairs of equal names ("missile", "sunglasses"); this is its first list,
-    which the published descriptions use and in which they differ.
+        which the published descriptions use and in which they differ.
     """
     with shipped.checked(paths.PUBLISHED / "imagenet_classes.csv").open(newline="", encoding="utf-8") as file:
         return {line["folder"]: line["name"] for line in csv.DictReader(file)}
