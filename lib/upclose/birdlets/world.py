@@ -136,13 +136,14 @@ def dataset(
 def crowd(count: int) -> tuple[species.Species, ...]:
     """So many species with different names: those for tests, those for validation, and then newly drawn ones."""
     held_out = species.held_out()
-    found = {bird.name: bird for bird in (*held_out["test"], *held_out["validation"])}
-    k = 0
-    while len(found) < count:
+    known = {bird.name: bird for bird in (*held_out["test"], *held_out["validation"])}
+    more, k = {}, 0
+    while len(known) + len(more) < count:
         traits = species.draw_traits(seeds.rng(0, "more species", k := k + 1))
         name = species.name_of(traits, "beak")
-        found.setdefault(name, species.Species(name, traits, "beak", -1))
-    return tuple(found.values())[:count]
+        if name not in known:
+            more[name] = species.Species(name, traits, "beak", -1)
+    return (*known.values(), *more.values())[:count]
 
 
 def _inside(part: tuple[float, ...], box: tuple[float, ...]) -> float:
