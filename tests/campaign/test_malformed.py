@@ -5,8 +5,8 @@ import re
 import signal
 
 import pytest
-from tally import Tally, tree
 
+from tally import Tally, tree
 from upclose import cli, params, paths, run
 
 FILES, VALUES, LINES = 70, 70, 125  # broken files, values that no parameter takes, command lines
