@@ -1,5 +1,9 @@
 """Every published value has a run that fills it, or a reason in one place."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 
 from upclose import compare, doctor, params, paths
@@ -40,6 +44,16 @@ def test_notebooks_take_these_parameters(name):
         pytest.skip(f"notebook {SHEETS[name].notebook} is not there yet")
     jobs = params.jobs(paths.PARAMS / "papers" / f"{name}.yaml")
     assert len(jobs) == len(list(params.cells(SHEETS[name])))
+
+
+def test_the_values_of_all_runs_are_those_that_were_written_out_once():
+    """`resolved_papers.json` was made when every sheet still held all of its values."""
+    found = {}
+    for name, sheet in SHEETS.items():
+        runs = sorted(json.dumps(values, sort_keys=True) for _, values in params.cells(sheet))
+        digest = hashlib.sha256(json.dumps([sheet.notebook, sheet.reproduces, runs]).encode()).hexdigest()
+        found[name] = {"notebook": sheet.notebook, "runs": len(runs), "sha256": digest}
+    assert found == json.loads(Path(__file__).with_name("resolved_papers.json").read_text())
 
 
 def test_the_papers_exceptions():

@@ -52,6 +52,51 @@ def test_the_grid_is_a_product_and_exceptions_change_cells(sheet):
     assert all(job.values["images"] == 7 and job.values["crop_seeds"] == [0, 1] for job in jobs)
 
 
+@pytest.fixture
+def base(tmp_path):
+    """The file `defaults/base.yaml` beside the sheets."""
+    (tmp_path / "defaults").mkdir()
+    (tmp_path / "defaults" / "base.yaml").write_text(
+        "notebook: small\nparameters: {images: 7, alpha: 0.6}\ngrid: {dataset: [cub, dtd]}\n"
+    )
+
+
+def test_a_sheet_says_only_what_differs_from_its_defaults(sheet, base):
+    (first, second) = params.jobs(sheet("defaults: base\nparameters: {alpha: 0.7}\n"))
+    assert (first.values["images"], first.values["alpha"], first.values["dataset"]) == (7, 0.7, "cub")
+    assert second.values == {**first.values, "dataset": "dtd"}
+    (one,) = params.jobs(sheet("defaults: base\nparameters: {dataset: food101}\n"))
+    assert one.values["dataset"] == "food101"  # fixed, so that the defaults' grid does not sweep it
+    swept = params.jobs(sheet("defaults: base\ngrid: {images: [1, 2], dataset: [cub]}\n"))
+    assert [(job.values["dataset"], job.values["images"]) for job in swept] == [("cub", 1), ("cub", 2)]
+
+
+def test_cells_are_grids_one_after_the_other(sheet):
+    file = sheet(
+        "notebook: small\nparameters: {images: 7}\ngrid: {dataset: [cub, dtd]}\n"
+        "cells: [{alpha: [0.1, 0.2], beta: [0.8]}, {alpha: [0.3], beta: [0.9]}]\n"
+        "exceptions: [{when: {alpha: 0.3}, set: {images: 9}}]\n"
+    )
+    found = [(v["dataset"], v["alpha"], v["beta"], v["images"]) for v in (job.values for job in params.jobs(file))]
+    assert found == [
+        ("cub", 0.1, 0.8, 7),
+        ("cub", 0.2, 0.8, 7),
+        ("dtd", 0.1, 0.8, 7),
+        ("dtd", 0.2, 0.8, 7),
+        ("cub", 0.3, 0.9, 9),
+        ("dtd", 0.3, 0.9, 9),
+    ]
+    assert {job.name for job in params.jobs(file, {"alpha": 0.5})} == {
+        f"table1-{dataset}-{beta}" for dataset in ("cub", "dtd") for beta in (0.8, 0.9)
+    }
+
+
+def test_a_text_quotes_other_parameters():
+    sheet = params.Sheet(notebook="x", parameters={"setting": "alpha {alpha}, {images}"}, grid={"alpha": [0.5, 1.0]})
+    said = [values["setting"] for _, values in params.cells(sheet, {"images": 3})]
+    assert said == ["alpha 0.5, 3", "alpha 1, 3"]
+
+
 def test_an_override_fixes_what_the_grid_sweeps(sheet):
     file = sheet("notebook: small\ngrid: {dataset: [cub, dtd]}\n")
     jobs = params.jobs(file, dict([params.override("dataset=food101"), params.override("crop_seeds=[5]")]))
@@ -79,6 +124,10 @@ def test_an_override_fixes_what_the_grid_sweeps(sheet):
         ("parameters: {images: 3}", "'notebook' is missing"),
         ("notebook: small\nparameters: {dataset: cubs}", "no data set 'cubs'; did you mean 'cub'"),
         ("", "holds a NoneType"),
+        ("notebook: small\ndefaults: none", "no parameter file"),
+        ("notebook: small\ndefaults: [a]", "no parameter file"),
+        ("notebook: small\ncells: [{images: 3}]", "cells.0.images"),
+        ("notebook: small\nparameters: {dataset: 'imagefolder:{place}'}", "quotes 'place'"),
     ],
 )
 def test_one_sentence_names_the_thing(sheet, text, words):
@@ -239,7 +288,7 @@ def test_methods_tables_and_data_are_declared_for_every_notebook_that_takes_them
 
 
 def test_every_shipped_file_resolves_against_its_notebook():
-    files = sorted((paths.ROOT / "params").rglob("*.yaml"))
+    files = [file for file in (paths.ROOT / "params").rglob("*.yaml") if file.parent.name != "defaults"]
     assert files
     for file in files:
         assert params.jobs(file), file

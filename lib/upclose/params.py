@@ -112,6 +112,9 @@ class ParameterError(ValueError):
     """Something in a parameter file or on the command line is not right; the message is one sentence."""
 
 
+Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
+
+
 class Case(BaseModel):
     """Values that hold for some cells of the grid only."""
 
@@ -150,16 +153,20 @@ class About(BaseModel):
 class Sheet(BaseModel):
     """A parameter file: `notebook` and either fixed `parameters`, a `grid` of lists, or both.
 
-    `reproduces` says which published table the file fills; `exceptions` change values where `when` matches; `about` is
-    the notebook's own.
+    `reproduces` says which published table the file fills. `defaults` names the file `defaults/<name>.yaml` beside this
+    one: its parameters and its grid hold where this one says nothing. `cells` are grids that are run one after the
+    other, each together with `grid`; `exceptions` change values where `when` matches. A text may quote other
+    parameters: "alpha {alpha}". `about` is the notebook's own.
     """
 
     model_config = ConfigDict(extra="forbid")
     notebook: str
     reproduces: str = ""
+    defaults: str = ""
     about: About = About()
     parameters: dict[str, Any] = {}
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    grid: Grid = {}
+    cells: list[Grid] = []
     exceptions: list[Case] = []
 
 
@@ -265,6 +272,11 @@ def parameters(notebook: Path) -> dict[str, Parameter]:
     Raises:
         ParameterError: the notebook has not exactly one such cell
     """
+    return _parameters(notebook, notebook.stat().st_mtime_ns)
+
+
+@cache
+def _parameters(notebook: Path, changed: int) -> dict[str, Parameter]:
     tagged = [cell for cell in notebook_cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ParameterError(f"{notebook.name} has {len(tagged)} cells tagged 'parameters'; it needs exactly one")
@@ -376,12 +388,39 @@ def check(notebook: Path, values: dict[str, Any], where: str = "parameters") -> 
 
 
 def read(file: Path) -> Sheet:
-    """A parameter file.
+    """A parameter file, with its defaults.
 
     Raises:
-        ParameterError: the file is missing, is not YAML, or has other keys than `Sheet`
+        ParameterError: the file or that of its defaults is missing, is not YAML, or has other keys than `Sheet`
     """
     file = Path(file)
+    content = _mapping(file)
+    if name := content.get("defaults"):
+        base = _mapping(file.parent / "defaults" / f"{Path(str(name)).name}.yaml")
+        if "defaults" in base:
+            raise ParameterError(f"{file}: the defaults {name!r} have defaults of their own, which are not read")
+        content = _over(base, content)
+    try:
+        return Sheet(**content)
+    except (ValidationError, TypeError) as error:
+        raise ParameterError(
+            _sentence(error, str(file)) if isinstance(error, ValidationError) else f"{file}: {error}"
+        ) from None
+
+
+def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A sheet over its defaults; what it fixes their grid does not sweep."""
+    both = {**base, **own}
+    for key in {"parameters", "grid"} & set(base) & set(own):
+        if isinstance(base[key], dict) and isinstance(own[key], dict):
+            both[key] = {**base[key], **own[key]}
+    fixed = set(own.get("parameters") or ()) - set(own.get("grid") or ())
+    if "grid" in base and isinstance(both["grid"], dict):
+        both["grid"] = {name: values for name, values in both["grid"].items() if name not in fixed}
+    return both
+
+
+def _mapping(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ParameterError(f"no parameter file {file}; {_files_near(file)}")
     try:
@@ -396,12 +435,7 @@ def read(file: Path) -> Sheet:
         raise ParameterError(
             f"{file} holds a {type(content).__name__}; it must map 'notebook', 'parameters' and 'grid'"
         )
-    try:
-        return Sheet(**content)
-    except (ValidationError, TypeError) as error:
-        raise ParameterError(
-            _sentence(error, str(file)) if isinstance(error, ValidationError) else f"{file}: {error}"
-        ) from None
+    return content
 
 
 def _files_near(file: Path) -> str:
@@ -437,14 +471,39 @@ def cells(sheet: Sheet, fixed: dict[str, Any] | None = None) -> Iterator[tuple[d
         what the grid sweeps, and all values that the file gives
     """
     fixed = fixed or {}
-    grid = {name: values for name, values in sheet.grid.items() if name not in fixed}
-    for cell in itertools.product(*grid.values()):
-        swept = dict(zip(grid, cell))
-        values = {**sheet.parameters, **swept}
-        for case in sheet.exceptions:
-            if all(values.get(name) == value for name, value in case.when.items()):
-                values |= case.set
-        yield swept, values | fixed
+    for part in _grids(sheet, fixed):
+        for cell in itertools.product(*part.values()):
+            swept = dict(zip(part, cell))
+            values = {**sheet.parameters, **swept}
+            for case in sheet.exceptions:
+                if all(values.get(name) == value for name, value in case.when.items()):
+                    values |= case.set
+            yield swept, _quoted(values, values | fixed) | fixed
+
+
+def _grids(sheet: Sheet, fixed: Iterable[str]) -> list[Grid]:
+    """What is swept in each of the sheet's `cells`; one of `grid` alone where there are none."""
+    return [
+        {name: values for name, values in {**sheet.grid, **part}.items() if name not in fixed}
+        for part in sheet.cells or [{}]
+    ]
+
+
+def _quoted(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The values with "{name}" in their texts replaced by that parameter's value.
+
+    Raises:
+        ParameterError: the file has no such parameter
+    """
+
+    def said(match: re.Match) -> str:
+        if (name := match[1]) not in known:
+            raise ParameterError(f"{match.string!r} quotes {name!r}, which the file neither sets nor sweeps")
+        return f"{known[name]:g}" if isinstance(known[name], float) else str(known[name])
+
+    return {
+        name: re.sub(r"\{(\w+)\}", said, value) if isinstance(value, str) else value for name, value in values.items()
+    }
 
 
 def jobs(file: Path, overrides: dict[str, Any] | None = None) -> list[Job]:
@@ -459,11 +518,11 @@ def jobs(file: Path, overrides: dict[str, Any] | None = None) -> list[Job]:
     """
     sheet = read(file)
     notebook = notebook_path(sheet.notebook)
-    size = math.prod(len(values) for name, values in sheet.grid.items() if name not in (overrides or {}))
+    size = sum(math.prod(map(len, part.values())) for part in _grids(sheet, overrides or {}))
     if size > MOST_CELLS:
         raise ParameterError(f"{file}: the grid has {size:,} cells, at most {MOST_CELLS:,} are taken: split the file")
     for case in sheet.exceptions:
-        if unknown := set(case.when) - set(sheet.grid) - set(sheet.parameters):
+        if unknown := set(case.when).difference(sheet.grid, sheet.parameters, *sheet.cells):
             name = sorted(unknown)[0]
             raise ParameterError(f"{file}: an exception asks for {name!r}, which the file neither sets nor sweeps")
     return [
