@@ -33,6 +33,7 @@ def test_modules_are_followed_also_into_functions_and_packages():
     assert found["upclose.methods"] == paths.PACKAGE / "methods" / "__init__.py"
     assert {"upclose.bank.cluster", "upclose.crops", "upclose.images"} <= set(programs.used("import upclose.bank as b"))
     assert programs.used("import torch, upclosed") == {}
+    assert "upclose.short" in programs.used("import upclose\nupclose.classify()\n")
 
 
 @pytest.mark.parametrize("line", ["from upclose import methods", "from upclose.methods import get"])

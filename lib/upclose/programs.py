@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -44,10 +44,11 @@ def used(source: str) -> dict[str, Path]:
     """The modules of upclose that a program imports, and those that these import: name -> file, in order of names.
 
     Args:
-        source: of the program; imports inside functions count
+        source: of the program; imports inside functions count, those of a package only where it is asked for a name
+            that is no module of it
     """
     found: dict[str, Path] = {}
-    todo = list(_imports(source))
+    todo = list(_imports(ast.walk(ast.parse(source))))
     while todo:
         name = todo.pop()
         if name not in found:
@@ -58,11 +59,12 @@ def used(source: str) -> dict[str, Path]:
 
 @cache
 def _imported_by(file: Path) -> tuple[str, ...]:
-    return tuple(_imports(file.read_text(encoding="utf-8")))
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return tuple(_imports(tree.body if file.name == "__init__.py" else ast.walk(tree)))
 
 
-def _imports(source: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
+def _imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -71,8 +73,18 @@ def _imports(source: str) -> Iterator[str]:
             parts = name.split(".")
             if parts[0] == "upclose":
                 yield from (".".join(parts[: k + 1]) for k in range(len(parts)))
-                if (folder := PACKAGE.joinpath(*parts[1:])).is_dir() and "import_module(" in _file(name).read_text():
-                    yield from (f"{name}.{file.stem}" for file in folder.glob("[!_]*.py"))  # which one, it asks later
+                if _file(name).name == "__init__.py":
+                    yield from _later(name)
+
+
+@cache
+def _later(package: str) -> tuple[str, ...]:
+    """What a package's functions import, by names that only they know too."""
+    file = _file(package)
+    text = file.read_text(encoding="utf-8")
+    every = (f"{package}.{other.stem}" for other in file.parent.glob("[!_]*.py")) if "import_module(" in text else ()
+    inside = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+    return (*every, *_imports(part for node in inside for part in ast.walk(node)))
 
 
 def _file(name: str) -> Path | None:
