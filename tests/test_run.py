@@ -158,6 +158,13 @@ def test_what_is_missing_is_said_before_any_work(lab):
     assert not lab.root.exists()
 
 
+def test_without_papermill_the_extra_is_named(lab, monkeypatch):
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.raises(ParameterError, match=r"upclose\[notebooks\]"):
+        run.execute([])
+    assert not lab.root.exists()
+
+
 def test_missing_training_data_are_said_too(monkeypatch, tmp_path):
     monkeypatch.setenv("UPCLOSE_DATA", str(tmp_path))
     (job, *_) = params.jobs(params.paths.PARAMS / "papers" / "lare-table1.yaml")

@@ -125,21 +125,18 @@ def plan(
     return image
 
 
-def intervals(
-    ax: Axes, frame: pd.DataFrame, label: str = "method", title: str = "", reference: str | None = None
-) -> None:
+def intervals(ax: Axes, frame: pd.DataFrame, title: str = "", reference: str | None = None) -> None:
     """Accuracies as points with their intervals.
 
     Args:
         ax: to draw on
         frame: rows of `metrics.csv`; the interval is the one of its columns `low` and `high`, where it has them, else
             the standard deviation over crop sets
-        label: the column that names a point
         title: above
         reference: a row whose value is drawn as a line through all
     """
     for y, line in enumerate(frame.itertuples()):
-        name = getattr(line, label)
+        name = line.method
         if "low" in frame:
             spread = [[line.value - line.low], [line.high - line.value]]
         else:
@@ -150,7 +147,7 @@ def intervals(
         )
         if name == reference:
             ax.axvline(line.value, color=colour(name), lw=0.8, ls="--", zorder=0)
-    ax.set(yticks=range(len(frame)), yticklabels=frame[label], xlabel="top-1 accuracy (%)", title=title)
+    ax.set(yticks=range(len(frame)), yticklabels=frame.method, xlabel="top-1 accuracy (%)", title=title)
     ax.set_ylim(len(frame) - 0.5, -0.7)
 
 

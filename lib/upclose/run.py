@@ -28,6 +28,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import date
 from importlib import metadata
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -368,8 +369,11 @@ def execute(plans: list[Plan], root: Path | None = None, workers: int = 1, ray: 
         An outcome a plan, in their order
 
     Raises:
-        ParameterError: something that a job needs is missing, or the results cannot be written; nothing has been run
+        ParameterError: something that a job needs is missing, papermill is, or the results cannot be written; nothing
+            has been run
     """
+    if find_spec("papermill") is None:
+        raise ParameterError("running notebooks needs the extra: pip install 'upclose[notebooks]'")
     root = (root or paths.results()).absolute()
     if lacking := [item for item in plans if item.missing and item.complete is None]:
         more = f" ({len(lacking)} of {len(plans)} runs lack something)" if len(lacking) > 1 else ""
