@@ -1,6 +1,7 @@
 """The bank: what is read is what was encoded, under a key that names everything it depends on."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -364,28 +365,20 @@ def test_the_bar_counts_crops(tmp_path, capfd):
     shown = capfd.readouterr().err
     assert "120/120" in shown
     assert "crop/s" in shown
+    account = re.search(r"crops/s; of the time (.*): the bottleneck was (\w+)$", shown, re.MULTILINE)
+    names = re.findall(r"(\w+) \d+%", account[1])
+    assert names[0] == account[2]
+    assert set(names) == {
+        "decoding",
+        "encoding",
+        "writing",
+    }  # of cutting this encoder says nothing
     build(tmp_path / "quiet")
     assert "120" not in capfd.readouterr().err  # no terminal, no bar
 
 
-def job_of(dataset, device="cpu"):
-    return shards.Job(dataset, Changed(device=torch.device(device)), PLAN, "float16", "skip", None)
-
-
-def test_processes_decode_what_threads_decode():
-    found = []
-    for device in ("cpu", "cuda"):
-        job = job_of(FakeDataset(10, unreadable=[3]), device)
-        with shards.decoders(job) as pool:
-            found.append(list(shards.decode(job, pool, range(10))))
-    here, there = found
-    for a, b in zip(here, there, strict=True):
-        assert (a.error is None) == (b.error is None)
-        if a.error:
-            assert str(a.error) == str(b.error)
-        else:
-            assert torch.equal(a.pixels, b.pixels)
-            assert torch.equal(a.box, b.box)
+def job_of(dataset):
+    return shards.Job(dataset, FakeEncoder(), PLAN, "float16", "skip", None)
 
 
 def test_pictures_are_decoded_at_most_two_batches_ahead():
@@ -393,14 +386,28 @@ def test_pictures_are_decoded_at_most_two_batches_ahead():
     dataset = FakeDataset(200)
     real = dataset.load
     dataset.load = lambda i: loaded.append(i) or real(i)
-    job = job_of(dataset)
-    with shards.decoders(job) as pool:
-        pictures = shards.decode(job, pool, range(200))
-        for taken in range(1, 50):
-            next(pictures)
-            assert len(loaded) <= taken + 2 * shards.BATCH
-        pictures.close()
+    pictures = shards.decode(job_of(dataset), range(200))
+    for taken in range(1, 50):
+        next(pictures)
+        assert len(loaded) <= taken + 2 * shards.BATCH
+    pictures.close()
     assert len(loaded) < 100
+
+
+def test_large_pictures_are_decoded_less_far_ahead(monkeypatch):
+    """Bytes are counted, not pictures; at least two are under way."""
+    monkeypatch.setattr(shards, "AHEAD", 5 * 3 * 14 * 14)  # of the largest pictures of the data set
+    loaded = []
+    dataset = FakeDataset(60)
+    real = dataset.load
+    dataset.load = lambda i: loaded.append(i) or real(i)
+    pictures = shards.decode(job_of(dataset), range(60))
+    for taken in range(1, 61):
+        assert next(pictures).pixels is not None
+        if taken > 2 * shards.BATCH:
+            assert len(loaded) <= taken + 5
+    assert sorted(loaded) == list(range(60))
+    assert next(pictures, None) is None
 
 
 def test_no_warning_where_nothing_is_wrong(tmp_path):

@@ -112,14 +112,13 @@ class Worker:
     def __init__(self, job: shards.Job, threads: int, gpus: float):
         torch.set_num_threads(threads)
         self._job = job._replace(encoder=job.encoder.to("cuda")) if gpus else job
-        self._pool = shards.decoders(self._job)
 
     def ready(self) -> None:
         """Answer once the actor has started."""
 
     def make(self, shard: tuple[int, int]) -> dict:
         """Encode and write one shard."""
-        return shards.make(self._job, self._pool, [shard])[0]
+        return shards.make(self._job, [shard])[0]
 
 
 def _connect(address: str) -> ModuleType:
