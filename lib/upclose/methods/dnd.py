@@ -31,6 +31,7 @@ from upclose.methods.entry import Method
 
 CHUNK = 2**18  # entries of one cost tensor: 1 MiB, so that the rounds of Sinkhorn stay in cache
 IMAGES = 48  # of one cost tensor, if there are as many: products of few crops with many descriptions are slow
+PAIRS = {"cpu": 2**19, "device": 2**25}  # crops times descriptions and dimensions where nothing is looked at
 INFINITE = 1e18  # an epsilon at which kernels are flat, and by which logits can still be multiplied
 TOLERANCE = 1e-5  # L1 error of a plan's marginals at which Sinkhorn stops; the score is then right to about 1e-6
 
@@ -88,6 +89,11 @@ def scores(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1
     if exact:
         return _by_tile(views, text, lambda cosine, column: (_exact(cosine, column) * (cosine - 1)).sum((0, 1)))
     epsilon = _finite(epsilon)
+    if _is_elsewhere(views.crop):
+        columns = transport.Ragged(text.owner, len(text.label))
+        row = views.crop.new_full(views.crop.shape[1:2], 1 / views.crop.shape[1])
+        solve = partial(transport.moved_ragged, row=row, columns=columns, max_iter=max_iter, tolerance=TOLERANCE)
+        return epsilon * _by_image(views, text, partial(solve, bound=2 / epsilon), 1 / epsilon) - 1
     solve = partial(_entropic, epsilon=epsilon, max_iter=max_iter, plans=False)
     return epsilon * _by_tile(views, text, solve, 1 / epsilon) - 1
 
@@ -110,7 +116,8 @@ def max_scores(views: Views, text: Text) -> Tensor:
 
     Args, Returns, Raises: as `scores`, which this bounds from above.
     """
-    return _by_tile(views, text, lambda cosine, column: (cosine.amax(0) * column[:, None]).sum(0)) - 1
+    columns = transport.Ragged(text.owner, len(text.label))
+    return _by_image(views, text, lambda cosine: columns.mean(cosine.amax(-1))) - 1
 
 
 def assignment_scores(views: Views, text: Text) -> Tensor:
@@ -318,6 +325,21 @@ def _by_tile(views: Views, text: Text, solve: Callable[[Tensor, Tensor], Tensor]
     return torch.cat([torch.cat([tile(crop, *block) for block in blocks], 1) for crop in rows])
 
 
+def _is_elsewhere(x: Tensor) -> bool:
+    """Not on a processor, where looking at who is done costs nothing."""
+    return x.device.type != "cpu" or transport.has_kernels(x.device)
+
+
+def _by_image(views: Views, text: Text, solve: Callable[[Tensor], Tensor], scale: float = 1.0) -> Tensor:
+    """(B, C) of all images, a few at a time: `solve` takes scale * cos (L, b, N) to (C, b); nothing is looked at."""
+    check_cropped(views)
+    check_described(text)
+    description, n = text.description * scale, views.crop.shape[1]
+    size = max(1, PAIRS["cpu" if views.crop.device.type == "cpu" else "device"] // (n * sum(description.shape)))
+    parts = views.crop.split(size)
+    return torch.cat([solve((description @ x.flatten(0, 1).T).unflatten(1, x.shape[:2])).T for x in parts])
+
+
 def _exact(cosine: Tensor, column: Tensor) -> Tensor:
     """Plans (N, M, b, c) without entropy."""
     cost, row = 1 - cosine.permute(2, 3, 0, 1), cosine.new_full((len(cosine),), 1 / len(cosine))
@@ -333,12 +355,16 @@ def _finite(epsilon: float) -> float:
 def _entropic(logit: Tensor, column: Tensor, epsilon: float, max_iter: int, plans: bool) -> Tensor:
     """Plans (N, M, b, c) or <plan, logit> (b, c): stacked where the kernel does not underflow, else one by one."""
     flat, images = logit.flatten(2), logit.shape[2]
-    if not logit.requires_grad and transport.fits(flat):
+    on_cpu = logit.device.type == "cpu"
+    if on_cpu and not logit.requires_grad and transport.fits(flat):
         found = transport.sinkhorn_stacked(flat, column.repeat(1, images), max_iter, TOLERANCE, plans)
         return found.unflatten(-1, logit.shape[2:])
     row = logit.new_full((len(logit),), 1 / len(logit))
-    cost = 1 - epsilon * logit.permute(2, 3, 0, 1).flatten(0, 1)
-    plan = _sinkhorn(cost, row, column.T.repeat(images, 1), epsilon, max_iter)
+    cost, column = 1 - epsilon * logit.permute(2, 3, 0, 1).flatten(0, 1), column.T.repeat(images, 1)
+    if on_cpu:
+        plan = _sinkhorn(cost, row, column, epsilon, max_iter)
+    else:
+        plan, _ = transport.sinkhorn(cost, row, column, epsilon, max_iter, TOLERANCE, bound=2.0)
     plan = plan.unflatten(0, logit.shape[2:]).permute(2, 3, 0, 1)
     return plan if plans else (plan * logit).sum((0, 1))
 

@@ -95,8 +95,8 @@ def scores(
     result = (1 - theta) * views.image @ columns.mean(text.description).T  # (16)
     for rows, crop, row in _pieces(views, text, crop_mass(views, selection=selection)):
         logit = _logit(description, crop)
-        plan, _ = transport.sinkhorn_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
-        result[rows] += epsilon * columns.sum((plan * logit).sum(-1)).T  # (15)
+        moved = transport.moved_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
+        result[rows] += epsilon * moved.T  # (15)
     return result.float()
 
 
