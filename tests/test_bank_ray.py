@@ -15,6 +15,7 @@ from upclose import bank
 from upclose.bank import BankError
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "upclose[cluster]"')
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster at a time
 N = 64
 
 
