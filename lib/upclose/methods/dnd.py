@@ -162,7 +162,8 @@ def local_cache(views: Views, label: Tensor, text: Text) -> Cache:
     check_cropped(views)
     if len(label) != len(views.crop):
         raise ValueError(f"{len(views.crop)} images but {len(label)} labels: give one label an image")
-    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(text.label):
+    on_cpu = label.device.type == "cpu"  # elsewhere only the number of keys is waited for
+    if on_cpu and len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(text.label):
         raise ValueError(f"labels {int(label.min())} to {int(label.max())}, but text has {len(text.label)} classes")
     rows, mask = text.padded()  # (C, M, D), (C, M)
     best = torch.cat(
@@ -270,20 +271,23 @@ def stream(
         raise ValueError(f"zero_shot {tuple(zero_shot.shape)}, but there are {wanted}")
     log_p = (logit_scale * zero_shot.double()).log_softmax(1)
     entropy, pseudo = -(log_p.exp() * log_p).sum(1), zero_shot.argmax(1)
-    leave = torch.tensor(tip_adapter.queue(pseudo.tolist(), entropy.tolist(), capacity), device=zero_shot.device)
-    step = torch.arange(len(zero_shot), device=zero_shot.device)
-    queued = (leave > step).nonzero().flatten()
-    cache = local_cache(views.select(queued), pseudo[queued], text)
-    enter, leave = queued[cache.image], leave[queued][cache.image]  # (K,) steps between which a key is in
-
-    fused = []
-    for now, crop in zip(step.split(batch_size), views.crop.split(batch_size)):
-        seen = (enter <= now[-1]) & (leave > now[0])
-        held = (enter[seen, None] <= now) & (now < leave[seen, None])  # (K', b)
-        near = tip_adapter.affinity(crop.flatten(0, 1), cache.key[seen], beta).unflatten(1, crop.shape[:2]).mean(2)
-        said = tip_adapter.cache_logits(near * held, cache.label[seen], len(text.label))
-        fused.append(zero_shot[now] + alpha * said)
+    leave = tip_adapter.queue(pseudo, entropy, capacity)
+    times, fused = _times_chosen(views, pseudo, text), []
+    for now, crop in zip(torch.arange(len(leave), device=leave.device).split(batch_size), views.crop.split(batch_size)):
+        image, held = tip_adapter.present(leave, now, len(text.label) * capacity + batch_size)
+        key = views.crop[image].flatten(0, 1)  # all crops of an image, those that no description selects without weight
+        near = tip_adapter.affinity(crop.flatten(0, 1), key, beta).unflatten(1, crop.shape[:2]).mean(2)  # (K N, b)
+        weighted = near.unflatten(0, (len(image), -1)) * times[image][..., None] * held[:, None]
+        fused.append(zero_shot[now] + alpha * tip_adapter.cache_logits(weighted.sum(1), pseudo[image], len(text.label)))
     return torch.cat(fused)
+
+
+def _times_chosen(views: Views, label: Tensor, text: Text) -> Tensor:
+    """(B, N): of how many descriptions of its image's class each crop is the nearest, the keys of `local_cache`."""
+    rows, mask = text.padded()  # (C, M, D), (C, M)
+    parts = zip(views.crop.split(1024), label.split(1024))
+    best = torch.cat([torch.einsum("bnd,bmd->bmn", crop, rows[own]).argmax(-1) for crop, own in parts])  # (B, M)
+    return views.crop.new_zeros(views.crop.shape[:2]).scatter_add_(1, best, mask[label].to(views.crop))
 
 
 def _places(text: Text) -> tuple[Tensor, Tensor]:
@@ -292,7 +296,7 @@ def _places(text: Text) -> tuple[Tensor, Tensor]:
     """
     check_described(text)
     counts = text.counts
-    place = torch.arange(int(counts.max()), device=counts.device)[:, None]
+    place = torch.arange(text.widest, device=counts.device)[:, None]
     first = counts.cumsum(0) - counts
     return first + place.minimum(counts - 1), (place < counts) / counts.to(text.description)
 
