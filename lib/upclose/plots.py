@@ -155,7 +155,7 @@ def differences(
     ax: Axes,
     gaps: Mapping[str, tuple[float, float, float]],
     title: str = "",
-    shade: str | None = None,
+    shade: str | Mapping[str, str] | None = None,
     label: str | None = None,
     notes: Sequence[str] = (),
     shift: float = 0.0,
@@ -167,19 +167,20 @@ def differences(
         ax: to draw on
         gaps: name -> (difference, lower end, upper end) in points, as `evaluate.differences` gives them
         title: above
-        shade: of all of them; None for the colour of the method that a name starts with
+        shade: of all of them, or name -> colour; None for the colour of the method that a name starts with
         label: in a legend, where several series share the axes
         notes: one a line, beside the upper end
         shift: downwards, in lines, so that series do not hide each other
         marker: of the points
     """
+    shades = {name: colour(name) for name in gaps} if shade is None else shade
     for y, (name, (mean, low, high)) in enumerate(gaps.items()):
         ax.errorbar(
             mean,
             y + shift,
             xerr=[[mean - low], [high - mean]],
             fmt=marker,
-            color=shade or colour(name),
+            color=shades if isinstance(shades, str) else shades[name],
             capsize=3,
             label=label if y == 0 else None,
         )
