@@ -1,6 +1,7 @@
 """The bank: what is read is what was encoded, under a key that names everything it depends on."""
 
 import json
+import os
 import re
 import warnings
 
@@ -10,7 +11,7 @@ import torch
 
 from bank_world import PLAN, SHARD, FakeDataset, FakeEncoder, contents
 from upclose import bank, birdlets, crops, encode, paths
-from upclose.bank import BankError, shards, store
+from upclose.bank import BankError, cluster, shards, store
 from upclose.features import Ladder, Plan, Views
 from upclose.methods import wca
 
@@ -456,3 +457,26 @@ def test_a_folder_that_is_no_bank_is_neither_listed_nor_removed(tmp_path):
     with pytest.raises(BankError, match="there is no bank 'Documents'"):
         bank.rm(tmp_path, "Documents")
     assert kept.exists()
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_a_lock_follows_the_umask_and_is_never_everybodys_to_write(tmp_path, umask, expected):
+    before = os.umask(umask)
+    try:
+        with store.lock(store.locate(tmp_path), "key"):
+            assert (tmp_path / "key.lock").stat().st_mode & 0o777 == expected
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nobody.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address):
+    pytest.importorskip("ray")
+    with pytest.raises(ConnectionError, match=f"there is no Ray cluster at '{address}'"):
+        cluster.connect(address)
+
+
+def test_an_address_that_is_none_is_refused():
+    pytest.importorskip("ray")
+    with pytest.raises(ValueError, match="'nowhere' is no address of a Ray cluster"):
+        cluster.connect("nowhere")

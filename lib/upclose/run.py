@@ -41,6 +41,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from upclose import identity, paths, report
+from upclose.bank import cluster
 from upclose.params import Job, ParameterError, notebook_cells
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
@@ -142,7 +143,7 @@ def _execute(item: Plan, partial: Path, tick: Callable[[], object] = lambda: Non
     try:
         lock = root / ".locks" / f"{item.run}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with FileLock(lock, mode=paths.mode()):
             if not item.forced and (found := _complete(root, item.run)) and not paths.damage(found):
                 return Outcome(item.job, "complete", found)
             for left in root.glob(f"*/.partial-{item.run}.*"):  # of processes that have ended: the lock is ours
@@ -333,11 +334,7 @@ def _end() -> None:
 
 def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, Outcome]]:
     """Each job as a task of an existing Ray cluster that shares the results folder."""
-    try:
-        import ray
-    except ImportError:
-        raise ParameterError("--ray needs the extra: pip install 'upclose[cluster]'") from None
-    ray.init(address=None if address == "local" else address, log_to_driver=False)
+    ray = cluster.connect(address)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         task = ray.remote(num_gpus=gpus, max_calls=1)(_execute)
