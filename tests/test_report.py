@@ -104,3 +104,20 @@ def test_a_damaged_run_hides_no_other(day):
     assert [row[2].split(":")[0] for row in table[1:]] == ["complete", "damaged", "damaged", "damaged"]
     assert "C1" in page
     report.refresh(day.parent)
+
+
+@pytest.mark.parametrize(
+    ("what", "instead"), [('"dirty": false', '"dirty": true'), ('"files"', '"filed"'), ("12.5", "2.5")]
+)
+def test_a_fact_that_was_changed_is_named(tmp_path, what, instead):
+    (tmp_path / "metrics.csv").write_text("value\n1\n")
+    facts = {"dirty": False, "seconds": 12.5, "files": paths.checksums(tmp_path)}
+    paths.write(tmp_path / "run.json", paths.seal(facts))
+    assert paths.damage(tmp_path) == ""
+    content = (tmp_path / "run.json").read_text()
+    (tmp_path / "run.json").write_text(content.replace(what, instead))
+    assert paths.damage(tmp_path) == "run.json is not what the run wrote"
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    assert "cannot be read" in paths.damage(tmp_path)
+    (tmp_path / "run.json").write_text('{"seconds": 12.5}')  # an earlier release's lists nothing
+    assert paths.damage(tmp_path) == ""

@@ -95,17 +95,36 @@ def checksums(folder: Path) -> dict[str, str]:
     return found
 
 
+def seal(facts: dict) -> bytes:
+    """Facts as JSON that carries its own checksum."""
+    body = {name: value for name, value in facts.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1).encode()
+
+
+def unseal(content: bytes) -> dict | None:
+    """The facts that `seal` wrote, None when they are damaged."""
+    try:
+        facts = json.loads(content)
+        return facts if seal(facts) == content else None
+    except (ValueError, AttributeError, RecursionError):
+        return None
+
+
 def damage(run: Path) -> str:
     """What is wrong with the files of a complete run, "" when nothing is.
 
-    `run.json` lists them with their checksums; runs that were recorded before it did are believed. The notebook as it
-    was run may be absent, for it is not committed.
+    `run.json` lists them with their checksums, and carries its own; runs that were recorded before it did are
+    believed. The notebook as it was run may be absent, for it is not committed.
     """
     try:
-        facts = json.loads((run / "run.json").read_text())
+        content = (run / "run.json").read_bytes()
+        facts = json.loads(content)
         listed = dict(facts.get("files", {}))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"run.json cannot be read ({error})"
+    if {"files", "sha256"} & set(facts) and unseal(content) is None:
+        return "run.json is not what the run wrote"
     for name, digest in listed.items():
         if not (run / name).is_file():
             if name != "notebook.ipynb":
@@ -113,13 +132,6 @@ def damage(run: Path) -> str:
         elif hashlib.sha256((run / name).read_bytes()).hexdigest() != digest:
             return f"{name} is not what the run wrote"
     return ""
-
-
-def mode() -> int:
-    """The permissions of a lock: what the process's umask allows, and never that everybody writes."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return 0o664 & ~umask
 
 
 def write(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ import os
 import warnings
 from contextlib import nullcontext, suppress
 
+from upclose import paths
 from upclose.bank import bank
 from upclose.bank import store as stores
 from upclose.bank.store import Store
@@ -30,7 +31,7 @@ def ls(root: str | os.PathLike | None = None) -> list[dict]:
             continue
         files = stores.sizes(home.join(name))
         ranges = [[int(x) for x in match.groups()] for match in map(stores.SHARD_NAME.fullmatch, files) if match]
-        manifest = stores.unseal(stores.read(home.join(name), bank.MANIFEST)) if bank.MANIFEST in files else None
+        manifest = paths.unseal(stores.read(home.join(name), bank.MANIFEST)) if bank.MANIFEST in files else None
         rows.append(
             {
                 "key": name,
@@ -94,7 +95,7 @@ def rm(root: str | os.PathLike | None, key: str) -> int:
     with stores.lock(stores.locate(root), key), stores.writing(folder):
         held = {name: size for name, size in stores.sizes(folder).items() if stores.OWN.fullmatch(name)}
         if not folder.local and bank.MANIFEST in held:
-            for shard in (stores.unseal(stores.read(folder, bank.MANIFEST)) or {"shards": []})["shards"]:
+            for shard in (paths.unseal(stores.read(folder, bank.MANIFEST)) or {"shards": []})["shards"]:
                 bank.cached_copy(shard).unlink(missing_ok=True)
         for name in sorted(held, key=lambda name: name != bank.MANIFEST):  # the manifest first: never a finished half
             folder.files.rm_file(folder.join(name).path)

@@ -138,7 +138,7 @@ def lock(root: Store, key: str) -> Iterator[None]:
         path = Path(root.join(f"{key}.lock").path)
     else:
         path = paths.cache() / "locks" / f"{hashlib.sha256(str(root.join(key)).encode()).hexdigest()}.lock"
-    held = FileLock(path, mode=paths.mode())
+    held = FileLock(path)
     with writing(root):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -171,20 +171,4 @@ def unpack_errors(content: bytes, key: str = "") -> dict[int, str] | None:
         intact = hashlib.sha256(blank).hexdigest() == note["checksum"] and note["key"] == key
         return {int(i): reason for i, reason in note["errors"].items()} if intact else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def seal(manifest: dict) -> bytes:
-    """A manifest as JSON with its own checksum."""
-    body = {name: value for name, value in manifest.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1).encode()
-
-
-def unseal(content: bytes) -> dict | None:
-    """The manifest that `seal` wrote, None when it is damaged."""
-    try:
-        manifest = json.loads(content)
-        return manifest if seal(manifest) == content else None
-    except (ValueError, AttributeError):
         return None
