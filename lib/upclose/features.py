@@ -118,6 +118,16 @@ def check_unit(x: Tensor, name: str, tolerance: float = 1e-2) -> None:
         )
 
 
+def check_finite(x: Tensor, name: str) -> None:
+    """Raise for the first embedding of `x` (..., D) that is not finite, on the CPU only.
+
+    Raises:
+        ValueError: names the embedding
+    """
+    if x.device.type == "cpu" and (bad := ~x.isfinite().all(-1)).any():
+        raise ValueError(f"{name}{bad.nonzero()[0].tolist()} is not finite: drop it or encode it again")
+
+
 def check_described(text: Text) -> None:
     """`check_owner` of a text's descriptions: the mean of a class without any would be 0 / 0."""
     check_owner(text.owner, len(text.label))

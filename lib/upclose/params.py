@@ -235,7 +235,14 @@ def _name(notebook: Path) -> str:
 
 
 def notebook_path(name: str) -> Path:
-    """The notebook of a name such as "01_lgca" or "ablations/lgca"."""
+    """The notebook of a name.
+
+    Args:
+        name: such as "01_lgca" or "ablations/lgca", with or without its ending
+
+    Raises:
+        ParameterError: there is none, or it lies outside the repository's notebooks
+    """
     path = paths.NOTEBOOKS / f"{name.removesuffix('.ipynb')}.ipynb"
     if not path.resolve().is_relative_to(paths.NOTEBOOKS.resolve()):
         raise ParameterError(
@@ -289,7 +296,17 @@ def _parameters(notebook: Path, changed: int) -> dict[str, Parameter]:
 
 
 def defaults(notebook: Path) -> dict[str, Any]:
-    """The values of a notebook's parameters as it stands."""
+    """The values of a notebook's parameters as it stands.
+
+    Args:
+        notebook: its file
+
+    Returns:
+        {name: value}
+
+    Raises:
+        ParameterError: it has no readable parameters cell
+    """
     return {name: parameter.default for name, parameter in parameters(notebook).items()}
 
 
@@ -448,7 +465,21 @@ def _files_near(file: Path) -> str:
 
 
 def override(text: str) -> tuple[str, Any]:
-    """A command line's "name=value", the value read as YAML."""
+    """A parameter of the command line.
+
+    Args:
+        text: "name=value", the value in YAML
+
+    Returns:
+        the name and the value
+
+    Raises:
+        ParameterError: it is not of that form
+
+    Example:
+        >>> override("images=30"), override("seeds=[0, 1]")
+        (('images', 30), ('seeds', [0, 1]))
+    """
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ParameterError(f"-p {text!r} is not of the form name=value")

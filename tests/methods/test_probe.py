@@ -211,3 +211,21 @@ def test_samples_stand_after_their_original():
 def test_there_may_be_classes_without_a_row():
     x, y = unit(6, 8, key="x"), torch.arange(6) % 2
     assert probe.fit(x, y, x, y, [0], classes=4, epochs=1).weight.shape == (1, 8, 4)
+
+
+def test_a_fifth_of_every_class_is_held_out():
+    y = torch.arange(60) % 4
+    x = torch.arange(60.0)[:, None]
+    train, y_train, held, y_held = probe.split(x, y)
+    assert torch.bincount(y_held).tolist() == [3] * 4
+    assert torch.cat([train, held]).flatten().sort().values.tolist() == list(range(60))
+    assert torch.equal(y[train[:, 0].long()], y_train)
+    assert not torch.equal(probe.split(x, y, seed=1)[2], held)
+
+
+def test_so_many_images_of_every_class_are_picked():
+    y = torch.tensor([0] * 5 + [1] * 3 + [3] * 2)
+    assert torch.bincount(y[probe.pick(y, 3, generator(0))]).tolist() == [3, 3, 0, 2]
+    few = probe.pick(y, torch.tensor([1, 2, 9, 0]), generator(0))
+    assert torch.bincount(y[few], minlength=4).tolist() == [1, 2, 0, 0]
+    assert len({tuple(probe.pick(y, 1, generator(seed)).tolist()) for seed in range(9)}) > 1

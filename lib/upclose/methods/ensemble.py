@@ -199,17 +199,11 @@ def check_shape(x: Tensor, name: str, **axes: int | None) -> None:
         raise ValueError(f"{name} is {tuple(x.shape)}: give ({', '.join(axes)}){known and ' with ' + known}")
 
 
-def check_embeddings(x: Tensor, name: str, unit: bool = True, **axes: int | None) -> Tensor:
-    """`x` as float32, or float64 where it was; on the CPU, what is not finite or not of unit norm is refused by index.
-
-    `axes` as in `check_shape`; without them (N, D).
-    """
+def check_embeddings(x: Tensor, name: str, **axes: int | None) -> Tensor:
+    """`features.check_unit` of embeddings that have these axes (without any (N, D)): `x` as float32, or float64."""
     check_shape(x, name, **(axes or {"N": None, "D": None}))
     x = x if x.dtype == torch.float64 else x.float()
-    if unit:
-        features.check_unit(x, name, NORM_TOLERANCE)
-    elif x.device.type == "cpu" and (bad := ~x.isfinite().all(-1)).any():
-        raise ValueError(f"{name}{bad.nonzero()[0].tolist()} is not finite: drop it or encode it again")
+    features.check_unit(x, name, NORM_TOLERANCE)
     return x
 
 

@@ -9,13 +9,17 @@ Source: LARE, sections 3.2 and 4.1 (linear probing).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from math import ceil
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
+from upclose import features
 from upclose.methods import ensemble
 from upclose.methods.ensemble import NORM_TOLERANCE, SEEDS
 from upclose.methods.entry import Method, whole
@@ -37,6 +41,61 @@ class Probe(NamedTuple):
     bias: Tensor
     epoch: Tensor
     accuracy: Tensor
+
+
+def split(x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four fifths of the images of every class to train on, one fifth to validate, drawn at random.
+
+    Args:
+        x: (n, D)
+        y: (n,) int64
+        seed: of the draw
+
+    Returns:
+        x, y, x_val, y_val, as `fit` takes them; of a class with fewer than five images some fifths have none
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class")
+        train, held = next(StratifiedKFold(5, shuffle=True, random_state=seed).split(x.cpu(), y.cpu()))
+    return x[train], y[train], x[held], y[held]
+
+
+def pick(y: Tensor, k: int | Tensor, generator: torch.Generator) -> Tensor:
+    """The positions of k images of every class, in the order in which they are drawn; fewer where a class has fewer.
+
+    Args:
+        y: (n,) int64 in [0, C)
+        k: a number, or (C,) of them
+        generator: on the CPU
+
+    Returns:
+        (m,) int64
+
+    Example:
+        >>> few = pick(torch.tensor([0, 0, 0, 1, 1]), 1, torch.Generator().manual_seed(0))
+        >>> sorted(torch.tensor([0, 0, 0, 1, 1])[few].tolist())
+        [0, 1]
+    """
+    order = torch.randperm(len(y), generator=generator).to(y.device)
+    rank = F.one_hot(y[order]).cumsum(0).gather(1, y[order, None])[:, 0] - 1  # within its class
+    k = torch.as_tensor(k, device=y.device)
+    return order[rank < (k[y[order]] if k.ndim else k)]
+
+
+def epochs_of(steps: int, images: int, samples: int = 0, batch_size: int = 512) -> int:
+    """Passes over the images and their samples that make so many steps, so that probes with more rows train as long.
+
+    Args:
+        steps: of AdamW, at least
+        images: N
+        samples: of each image, n
+        batch_size: of a minibatch
+
+    Example:
+        >>> epochs_of(100, images=64, samples=1, batch_size=32)  # four steps an epoch
+        25
+    """
+    return ceil(steps / ceil(images * (1 + samples) / batch_size))
 
 
 def fit(
@@ -163,7 +222,9 @@ def _with_samples(
         return x, y
     axes = {"S": n_seeds} if sample.ndim == 4 else {}
     axes |= {"N": len(x), "n": None}
-    sample = ensemble.check_embeddings(sample, "sample", unit=False, **axes, D=x.shape[1]).to(x.dtype)
+    ensemble.check_shape(sample, "sample", **axes, D=x.shape[1])
+    features.check_finite(sample, "sample")
+    sample = sample.to(x.dtype)
     n = sample.shape[-2]
     rows = torch.cat([x[:, None].expand(n_seeds, -1, -1, -1), sample.expand(n_seeds, -1, -1, -1)], 2).flatten(1, 2)
     if target is None:
