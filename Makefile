@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -e '.[cluster,dev]'
+	$(BIN)/python -m pip install -q -e '.[cluster,dev,notebooks]'
 	@touch $@
 
 reproduce: $(VENV)/.ready  ## run the numbered notebooks on Birdlets into results/<date>/
@@ -34,7 +34,7 @@ test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 	$(NBVAL) $(NUMBERED)
 
 test-all: test  ## the same, the slow tests, and nbval over solutions and ablations
@@ -50,7 +50,7 @@ site: $(VENV)/.site  ## the book, into site/, from the notebooks as they are com
 	$(BIN)/python -m upclose.explorer site/explorer
 
 $(VENV)/.site: $(VENV)/.ready
-	$(BIN)/python -m pip install -q -e '.[cluster,dev,site]'
+	$(BIN)/python -m pip install -q -e '.[cluster,dev,notebooks,site]'
 	@touch $@
 
 lint: $(VENV)/.ready  ## mend style and check imports

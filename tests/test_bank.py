@@ -1,6 +1,8 @@
 """The bank: what is read is what was encoded, under a key that names everything it depends on."""
 
 import json
+import os
+import re
 import warnings
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 
 from bank_world import PLAN, SHARD, FakeDataset, FakeEncoder, contents
 from upclose import bank, birdlets, crops, encode, paths
-from upclose.bank import BankError, shards, store
+from upclose.bank import BankError, cluster, shards, store
 from upclose.features import Ladder, Plan, Views
 from upclose.methods import wca
 
@@ -364,28 +366,20 @@ def test_the_bar_counts_crops(tmp_path, capfd):
     shown = capfd.readouterr().err
     assert "120/120" in shown
     assert "crop/s" in shown
+    account = re.search(r"crops/s; of the time (.*): the bottleneck was (\w+)$", shown, re.MULTILINE)
+    names = re.findall(r"(\w+) \d+%", account[1])
+    assert names[0] == account[2]
+    assert set(names) == {
+        "decoding",
+        "encoding",
+        "writing",
+    }  # of cutting this encoder says nothing
     build(tmp_path / "quiet")
     assert "120" not in capfd.readouterr().err  # no terminal, no bar
 
 
-def job_of(dataset, device="cpu"):
-    return shards.Job(dataset, Changed(device=torch.device(device)), PLAN, "float16", "skip", None)
-
-
-def test_processes_decode_what_threads_decode():
-    found = []
-    for device in ("cpu", "cuda"):
-        job = job_of(FakeDataset(10, unreadable=[3]), device)
-        with shards.decoders(job) as pool:
-            found.append(list(shards.decode(job, pool, range(10))))
-    here, there = found
-    for a, b in zip(here, there, strict=True):
-        assert (a.error is None) == (b.error is None)
-        if a.error:
-            assert str(a.error) == str(b.error)
-        else:
-            assert torch.equal(a.pixels, b.pixels)
-            assert torch.equal(a.box, b.box)
+def job_of(dataset):
+    return shards.Job(dataset, FakeEncoder(), PLAN, "float16", "skip", None)
 
 
 def test_pictures_are_decoded_at_most_two_batches_ahead():
@@ -393,14 +387,28 @@ def test_pictures_are_decoded_at_most_two_batches_ahead():
     dataset = FakeDataset(200)
     real = dataset.load
     dataset.load = lambda i: loaded.append(i) or real(i)
-    job = job_of(dataset)
-    with shards.decoders(job) as pool:
-        pictures = shards.decode(job, pool, range(200))
-        for taken in range(1, 50):
-            next(pictures)
-            assert len(loaded) <= taken + 2 * shards.BATCH
-        pictures.close()
+    pictures = shards.decode(job_of(dataset), range(200))
+    for taken in range(1, 50):
+        next(pictures)
+        assert len(loaded) <= taken + 2 * shards.BATCH
+    pictures.close()
     assert len(loaded) < 100
+
+
+def test_large_pictures_are_decoded_less_far_ahead(monkeypatch):
+    """Bytes are counted, not pictures; at least two are under way."""
+    monkeypatch.setattr(shards, "AHEAD", 5 * 3 * 14 * 14)  # of the largest pictures of the data set
+    loaded = []
+    dataset = FakeDataset(60)
+    real = dataset.load
+    dataset.load = lambda i: loaded.append(i) or real(i)
+    pictures = shards.decode(job_of(dataset), range(60))
+    for taken in range(1, 61):
+        assert next(pictures).pixels is not None
+        if taken > 2 * shards.BATCH:
+            assert len(loaded) <= taken + 5
+    assert sorted(loaded) == list(range(60))
+    assert next(pictures, None) is None
 
 
 def test_no_warning_where_nothing_is_wrong(tmp_path):
@@ -449,3 +457,26 @@ def test_a_folder_that_is_no_bank_is_neither_listed_nor_removed(tmp_path):
     with pytest.raises(BankError, match="there is no bank 'Documents'"):
         bank.rm(tmp_path, "Documents")
     assert kept.exists()
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_a_lock_follows_the_umask_and_is_never_everybodys_to_write(tmp_path, umask, expected):
+    before = os.umask(umask)
+    try:
+        with store.lock(store.locate(tmp_path), "key"):
+            assert (tmp_path / "key.lock").stat().st_mode & 0o777 == expected
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nobody.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address):
+    pytest.importorskip("ray")
+    with pytest.raises(ConnectionError, match=f"there is no Ray cluster at '{address}'"):
+        cluster.connect(address)
+
+
+def test_an_address_that_is_none_is_refused():
+    pytest.importorskip("ray")
+    with pytest.raises(ValueError, match="'nowhere' is no address of a Ray cluster"):
+        cluster.connect("nowhere")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bank_world import PLAN, SHARD, FakeDataset, FakeEncoder, contents
 from upclose import bank
-from upclose.bank import BankError, shards, store
+from upclose.bank import BankError, store
 
 PROGRAM = Path(__file__).with_name("bank_world.py")
 N = 64
@@ -358,50 +358,27 @@ def test_the_waiting_builder_goes_on_when_the_first_is_killed(tmp_path, undistur
     assert contents(Path(result(*second))) == undisturbed
 
 
-def decode_in_processes(folder):
-    """Decode in processes that leave their numbers in a folder, until somebody kills this one."""
-    encoder = FakeEncoder()
-    encoder.device = torch.device("cuda")
-    job = shards.Job(Telling(N, folder), encoder, PLAN, "float16", "skip", None)
-    with shards.decoders(job) as pool:
-        for _ in shards.decode(job, pool, range(N)):
-            time.sleep(0.5)
+def test_a_script_without_a_main_guard_builds_a_bank(tmp_path):
+    """Whatever decodes does not import the program that called; nothing is left behind when it ends."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "print('began')\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from bank_world import *\n"
+        "encoder = FakeEncoder()\n"
+        "encoder.device = torch.device('cuda')\n"
+        f"bank.build(FakeDataset({N}), encoder, PLAN, {str(tmp_path / 'root')!r}, shard=SHARD)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "began\n"), done.stderr
+    assert len(list(tmp_path.glob("root/*/manifest.json"))) == 1
 
 
-class Telling(FakeDataset):
-    def __init__(self, n, folder):
-        super().__init__(n)
-        self.folder = folder
-
-    def load(self, i):
-        (Path(self.folder) / str(os.getpid())).touch()
-        return super().load(i)
-
-
-def is_alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-def test_decoding_processes_end_with_the_killed_one_that_they_serve(tmp_path):
-    program = f"from test_bank_faults import decode_in_processes as go; go({str(tmp_path)!r})"
-    here = Path(__file__).parent
-    process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__':\n    {program}"], cwd=here)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    pids = [int(path.name) for path in tmp_path.iterdir()]
-    assert pids
-    assert process.pid not in pids
-    process.kill()
-    process.wait()
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_alive, pids))
+def test_a_forked_process_decodes_with_threads_of_its_own(tmp_path, undisturbed):
+    bank.build(FakeDataset(N), FakeEncoder(), PLAN, tmp_path / "here", shard=SHARD)  # this process has its threads now
+    process = in_a_process(slow_build, tmp_path / "there", 0)
+    assert contents(Path(result(*process))) == undisturbed
 
 
 def test_a_shard_carries_its_own_checksum():

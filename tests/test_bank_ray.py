@@ -12,9 +12,10 @@ import torch
 
 from bank_world import PLAN, SHARD, FakeDataset, FakeEncoder, contents
 from upclose import bank
-from upclose.bank import BankError, shards
+from upclose.bank import BankError
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "upclose[cluster]"')
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster at a time
 N = 64
 
 
@@ -150,8 +151,7 @@ def test_an_actor_with_a_gpu_moves_the_encoder_there_and_keeps_its_decoders(tmp_
     # here to main memory, so that nothing on a GPU goes through the object store; then two halves of the GPU
     assert moves == [("cpu", True), ("cuda", False), ("cuda", False)]
     decoders = {pid for where, pid in seen if where == "decoder"}
-    assert len(decoders) <= 2 * shards.DECODERS < N // SHARD * shards.DECODERS
-    assert not decoders & {pid for where, pid in seen if where == "cuda"}
+    assert decoders == {pid for where, pid in seen if where == "cuda"}  # threads of the actors
 
 
 def test_an_encoder_on_a_gpu_without_gpus_is_an_error(tmp_path, cluster):

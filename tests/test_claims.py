@@ -38,7 +38,7 @@ def test_equal_methods_are_told_apart_in_about_five_per_cent():
     wrong = 0
     for trial in range(600):
         easy = rng.beta(2, 2, 200)  # images differ in difficulty, shared by both methods
-        a, b = (torch.from_numpy(rng.random((5, 200)) < easy) for _ in range(2))
+        a, b = (torch.from_numpy(rng.random((2, 200)) < easy) for _ in range(2))
         wrong += claims.check("", "", a, b, seed=trial).verdict != "undecided"
     assert 0.03 <= wrong / 600 <= 0.07
 
@@ -70,3 +70,71 @@ def test_the_interval_is_of_percentiles_and_of_a_seed():
     assert claims.interval(hits(0.7), hits(0.5, seed=1), seed=1) != claims.interval(
         hits(0.7), hits(0.5, seed=1), seed=2
     )
+
+
+def one(low, high, margin=0.0, p=1.0, within=1.0):
+    verdict = "holds" if low > margin else "fails" if high < margin else "undecided"
+    return claims.Claim("C", "", verdict, (low + high) / 2, low, high, margin, 500, 3, p, within)
+
+
+def test_equal_is_an_interval_that_lies_within_what_does_not_matter():
+    assert one(-0.9, 1.0).decided == "equal"
+    assert one(-0.9, 1.1).decided == "undecided"
+    assert one(-1.1, 0.9).decided == "undecided"
+    assert one(-0.9, 1.1, within=2).decided == "equal"
+    assert one(0.1, 0.9).decided == "holds"  # small, but there
+    assert one(-0.9, -0.1).decided == "fails"
+    assert one(4.5, 5.5, margin=5).decided == "equal"
+    assert claims.check("C", "", hits(0.5), hits(0.5), equal_within=0.0).decided == "equal"
+
+
+def test_equal_is_said_of_a_difference_that_matters_in_five_per_cent_at_most():
+    rng = np.random.default_rng(5)
+    said = []
+    for trial in range(300):  # the truth is one point, at the border of what does not matter
+        draw = rng.random((1, 4000))
+        worse, better = (torch.from_numpy(draw < rate) for rate in (0.04, 0.05))
+        said.append(claims.check("", "", better, worse, seed=trial).decided)
+    assert said.count("equal") / 300 <= 0.05
+    assert said.count("holds") > 0  # the test has something to see
+
+
+def test_p_and_interval_say_the_same():
+    for trial in range(40):
+        claim = claims.check("", "", hits(0.53, n=300, seed=trial), hits(0.5, n=300, seed=trial + 99))
+        assert abs(claim.p - 0.05) < 0.002 or (claim.p < 0.05) == (claim.verdict != "undecided")
+    assert claims.check("", "", hits(0.5), hits(0.5)).p == 1
+    assert claims.check("", "", hits(0.9), hits(0.1)).p == pytest.approx(2 / 10_001)
+
+
+def test_holms_rule_against_a_loop():
+    p = [0.01, 0.04, 0.03, 0.005, 0.5]
+    expected, most = [0.0] * 5, 0.0
+    for k, i in enumerate(sorted(range(5), key=lambda i: p[i])):
+        most = expected[i] = min(1.0, max(most, (5 - k) * p[i]))
+    assert claims.holm(p) == pytest.approx(expected)
+    assert claims.holm([0.02]) == [0.02]
+    assert claims.holm([]) == []
+
+
+def test_of_ten_claims_about_equal_methods_one_stands_in_five_per_cent():
+    families = np.random.default_rng(7).random((4000, 10))
+    assert np.mean([min(claims.holm(p)) < 0.05 for p in families]) == pytest.approx(0.05, abs=0.01)
+
+
+def test_the_table_says_power_and_what_stands():
+    frame = claims.table([one(1.0, 3.0, p=0.02), one(2.0, 3.0, p=0.001), one(-0.5, 0.6), one(-4.0, 3.0)])
+    assert frame.verdict.tolist() == ["holds", "holds", "equal", "undecided"]
+    assert frame["half-width"].tolist() == pytest.approx([1.0, 0.5, 0.6, 3.5], abs=0.06)
+    assert frame["images to halve it"].tolist() == [2000] * 4
+    assert frame["after Holm"].tolist() == ["", "stands", "", ""]
+    assert claims.count([one(1, 3, p=0.04), one(-3, -1, p=0.001), one(-9, 9)]) == (
+        "3 claims: 1 hold (0 after Holm), 1 fail (1 after Holm), 1 undecided"
+    )
+    assert claims.table([]).empty
+
+
+def test_four_times_the_images_halve_the_interval():
+    rng = np.random.default_rng(2)
+    few, many = (claims.check("", "", *torch.from_numpy(rng.random((2, 1, n)) < 0.5)).half_width for n in (1000, 4000))
+    assert few / many == pytest.approx(2, rel=0.05)

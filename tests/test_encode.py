@@ -1,5 +1,6 @@
 """The encoder against open_clip's own forward, PIL's pixels and a naive loop; every way in, every error."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -751,6 +752,7 @@ def test_a_download_that_is_not_possible(monkeypatch):
         raise OSError("Name or service not known\nmore")
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    monkeypatch.setattr(sources, "_away", lambda _: "")
     with pytest.raises(
         ConnectionError, match=r"'openai' of 'ViT-B-32-quickgelu' .* \(Name or service not known\): fetch"
     ):
@@ -895,3 +897,64 @@ def test_an_archive_that_asks_for_other_functions_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mkdir"):
         encode.load("ViT-B-32", tmp_path / "x.pt", device="cpu")
     assert not (tmp_path / "was-here").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub, which cannot be reached; counts how often it is tried."""
+
+    class Hub:
+        tried = 0
+
+        def head(self, *_, timeout):
+            self.tried += 1
+            assert not sources.hub.HF_HUB_OFFLINE, "the hub's client refuses every request then"
+            raise OSError("Name or service not known")
+
+    there = Hub()
+    sources._away.cache_clear()
+    monkeypatch.setattr(sources, "get_session", lambda: there)
+    monkeypatch.setattr(sources.hub, "HF_HUB_OFFLINE", False)
+    yield there
+    sources._away.cache_clear()
+
+
+def nothing():
+    raise FileNotFoundError("not in the cache")
+
+
+def test_a_hub_that_cannot_be_reached_is_tried_once_a_process(hub):
+    for _ in range(3):
+        with pytest.raises(ConnectionError, match=r"cannot be reached: Name or .*HF_HUB_OFFLINE=1.*not in the cache"):
+            sources._fetch(nothing)
+    assert hub.tried == 1
+    assert sources.hub.HF_HUB_OFFLINE is False
+
+
+def test_what_is_in_the_cache_needs_no_hub(hub):
+    assert sources._fetch(lambda: sources.hub.HF_HUB_OFFLINE) is True
+    assert hub.tried == 0
+
+
+def test_the_hub_is_asked_when_it_answers(hub, monkeypatch):
+    monkeypatch.setattr(hub, "head", lambda *_, **__: None)
+    assert sources._fetch(lambda: nothing() if sources.hub.HF_HUB_OFFLINE else "fetched") == "fetched"
+
+
+def test_hf_hub_offline_is_respected(hub, monkeypatch):
+    monkeypatch.setattr(sources.hub, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set; with the cache alone: not in the cache"):
+        sources._fetch(nothing)
+    assert hub.tried == 0
+
+
+def test_weights_of_the_hubs_cache_are_believed_with_their_checksum_only(registry, monkeypatch):
+    save_file(clip(3).state_dict(), registry / "x")
+    blob = registry / hashlib.sha256((registry / "x").read_bytes()).hexdigest()
+    (registry / "x").rename(blob)
+    (registry / "x.safetensors").symlink_to(blob)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda facts: str(registry / "x.safetensors"))
+    assert encode.load("small", "gelu", device="cpu").fingerprint == encoder_of(clip(3)).fingerprint
+    save_file(clip(4).state_dict(), blob)
+    with pytest.raises(ValueError, match="is not what was downloaded: remove it"):
+        encode.load("small", "gelu", device="cpu")

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bank_world import PLAN, FakeDataset, contents
 from test_crops import awkward_boxes, picture, pil, pil_crops, pil_resize
 from test_encode import clip, encoder_of
-from upclose import crops, encode
+from upclose import bank, crops, encode
+from upclose.features import Plan
 
 pytest.importorskip("triton", reason="kernels are written in Triton, which comes with torch on Linux")
 with pytest.MonkeyPatch.context() as patch:  # read once, when the kernels are defined
@@ -202,6 +205,53 @@ def test_out_of_memory_halves_the_batch_of_a_stream(interpreted, scene):
     assert sizes == [4, 2, 2, 2, 2, 2]
 
 
+def cut_on_the_cpu(images, owner, view, device, size, dtype, mean, std):
+    """`crops.cut` without the kernels."""
+    found = []
+    for image, (x0, y0, x1, y1, tall, wide, *_) in zip([images[i] for i in owner], view.tolist()):
+        if (tall, wide) == (size, size):
+            box = torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32)
+            found.append(torch.empty(1, 3, size, size, dtype=dtype))
+            crops._extract_cpu(image, box, size, mean, std, found[-1])
+        else:
+            found.append(crops._normalise(crops._whole(image, size), dtype, mean, std)[None])
+    return torch.cat(found)
+
+
+def test_a_streamed_bank_holds_what_the_encoder_gives(monkeypatch, tmp_path):
+    """However it was cut into shards, stopped and resumed, and whatever could not be read."""
+    monkeypatch.setattr(crops, "has_kernels", lambda device: True)
+    monkeypatch.setattr(crops, "cut", cut_on_the_cpu)
+    encoder, plan = encoder_of(clip(), size=8 * 4, batch_size=16), Plan(n=2, scale=(0.4, 0.8))
+    dataset = FakeDataset(16, unreadable=[3])
+
+    def build(name, **options):
+        with pytest.warns(UserWarning, match="picture/3"):
+            return bank.build(dataset, encoder, plan, tmp_path / name, on_error="skip", dtype="float32", **options)
+
+    one, two = build("one", shard=16), build("two", shard=8)
+    views, _, index = one.read()
+    assert index.tolist() == [i for i in range(16) if i != 3]
+    for ours, theirs in zip(views[:3], two.read()[0][:3]):
+        assert torch.equal(ours, theirs)
+    pictures = [dataset.load(i) for i in (0, 15)]
+    rows = [0, 14]
+    torch.testing.assert_close(views.image[rows], encoder.encode_images(pictures), atol=1e-5, rtol=0)
+    torch.testing.assert_close(views.crop[rows], encoder.encode_crops(pictures, views.box[rows]), atol=1e-5, rtol=0)
+    undisturbed = contents(Path(two.folder.path))
+    for name in ("manifest.json", "00000008-00000016.safetensors"):
+        (Path(two.folder.path) / name).unlink()
+    assert contents(Path(build("two", shard=8).folder.path)) == undisturbed
+
+
+def test_a_bank_says_that_its_encoder_ran_compiled(tmp_path):
+    keys = {}
+    for compile in (None, False, True):
+        encoder = encoder_of(clip(), compile=compile)
+        keys[compile] = bank.key(FakeDataset(), encoder, PLAN)
+    assert keys[None] == keys[False] != keys[True]
+
+
 def test_bf16_weights_are_close_and_follow_the_weights():
     encoder, x = encoder_of(clip()), torch.randn(20, 3, 32, 32)
     half = encode.encoder._Half(encoder.visual)
@@ -232,8 +282,7 @@ def test_compiling_is_for_many_crops_on_a_gpu():
     for compile, wanted in ((None, [False, False]), (True, [True, True]), (False, [False, False])):
         encoder = encoder_of(clip(), compile=compile)
         assert [encoder.compiles(count) for count in (10, 10**9)] == wanted
-    encoder = encoder_of(clip())
-    encoder.device = torch.device("cuda")
+    encoder = encoder_of(clip(), runs_on=torch.device("cuda"))
     assert [encoder.compiles(count) for count in (10, 10**9)] == [False, True]
 
 

@@ -1,19 +1,27 @@
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import psutil
 import pytest
 import torch
+from papermill.parameterize import parameterize_path
 from safetensors.torch import save_file
 
-from upclose import cli, params, paths, report, run
+from upclose import cli, identity, params, paths, report, run
 from upclose.params import ParameterError
 
 CELL = 'dataset: str = "birdlets"  # which\nimages: int = 20  # how many\nseed: int = 0  # of it\n'
@@ -150,6 +158,13 @@ def test_what_is_missing_is_said_before_any_work(lab):
     assert not lab.root.exists()
 
 
+def test_without_papermill_the_extra_is_named(lab, monkeypatch):
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.raises(ParameterError, match=r"upclose\[notebooks\]"):
+        run.execute([])
+    assert not lab.root.exists()
+
+
 def test_missing_training_data_are_said_too(monkeypatch, tmp_path):
     monkeypatch.setenv("UPCLOSE_DATA", str(tmp_path))
     (job, *_) = params.jobs(params.paths.PARAMS / "papers" / "lare-table1.yaml")
@@ -279,7 +294,7 @@ def test_own_sentences_are_read_from_where_the_caller_stands_and_make_another_ru
     (outcome,) = run.execute([first], tmp_path / "elsewhere")
     assert (outcome.status, outcome.error) == ("done", "")
     (tmp_path / "own.json").write_text('{"a tern": ["a straight beak"]}')
-    run._sentences.cache_clear()
+    identity._sentences.cache_clear()
     assert run.plan(jobs)[0].hash != first.hash
 
 
@@ -402,13 +417,141 @@ def test_interrupted_runs_are_not_complete_and_the_next_call_goes_on(lab, tmp_pa
     assert [outcome.status for outcome in outcomes] == ["complete", "done"]
 
 
-def test_another_ensemble_or_word_list_is_another_run(tmp_path, monkeypatch):
-    shutil.copytree(paths.PUBLISHED, tmp_path / "published")
-    monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "published")
-    before = run._prompts.__wrapped__()
-    assert run._prompts.__wrapped__() == before
-    for name in ("templates.json", "words.txt"):
-        with (tmp_path / "published" / name).open("a") as file:
-            file.write(" ")
-        assert run._prompts.__wrapped__() != before
-        before = run._prompts.__wrapped__()
+def planned(tmp_path, name="small", forced=False):
+    """A run that is planned, of a notebook that is not there."""
+    return run.Plan(params.Job(name, tmp_path / "none.ipynb", {"seed": 0}), "0123456789", {}, None, "", forced)
+
+
+def written(item, day):
+    """The partial folder of a run whose notebook has ended."""
+    partial = run._partial(item, day)
+    partial.mkdir(parents=True)
+    (partial / "metrics.csv").write_text("value\n")
+    return partial
+
+
+class Apart:
+    """A context of `multiprocessing` whose processes are threads."""
+
+    Pipe = staticmethod(multiprocessing.Pipe)
+
+    @staticmethod
+    def Process(target, args):
+        *rest, send = args
+        own = Connection(os.dup(send.fileno()), readable=False)  # as another process has it
+        return threading.Thread(target=target, args=(*rest, own))
+
+
+def test_a_long_name_of_the_temporary_folder_ends_no_run(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: Apart)
+    monkeypatch.setattr(run, "_cells", lambda _: 2)
+
+    def child(item, partial, threads, send):
+        for said in (run.TICK, run.TICK, run.Outcome(item.job, "done", partial)):
+            send.send(said)
+
+    monkeypatch.setattr(run, "_child", child)
+    items = [planned(tmp_path, name) for name in ("a", "b")]
+    found = {item.job.name: outcome.status for item, outcome in run._locally(items, tmp_path, 2)}
+    assert found == {"a": "done", "b": "done"}
+
+
+def test_a_process_that_is_killed_is_said_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: Apart)
+    monkeypatch.setattr(run, "_cells", lambda _: 1)
+    monkeypatch.setattr(run, "_child", lambda *arguments: arguments[-1].close())
+    ((_, outcome),) = run._locally([planned(tmp_path)], tmp_path, 1)
+    assert outcome.status == "failed"
+    assert "its process was killed" in outcome.error
+
+
+def test_braces_in_a_path_are_no_format(tmp_path):
+    path = tmp_path / "{seed} {" / "notebook.ipynb"
+    assert parameterize_path(run._literal(path), {"seed": 0}) == str(path)
+
+
+def test_a_hidden_sheet_and_a_long_one_make_folders_that_are_seen(lab, tmp_path):
+    sheet = lab()
+    for name in (".mine.yaml", f"{'long ' * 45}.yaml", "....yaml"):
+        shutil.copy(sheet, tmp_path / name)
+    hidden, long, dots = (params.jobs(tmp_path / n)[0].name for n in (".mine.yaml", f"{'long ' * 45}.yaml", "....yaml"))
+    assert (hidden, dots) == ("mine", "run")
+    assert len(f".partial-{long}-0123456789.01234567") < 200
+
+
+def test_a_run_belongs_to_the_day_on_which_its_call_began(tmp_path, monkeypatch):
+    today = iter([date(2026, 1, 31), date(2026, 2, 1)])
+    monkeypatch.setattr(run, "date", SimpleNamespace(today=lambda: next(today)))
+
+    def locally(todo, day, workers):
+        for item in todo:
+            monkeypatch.setattr(run, "_run_notebook", lambda item, partial, tick: written_here(partial))
+            yield item, run._execute(item, run._partial(item, day))
+
+    def written_here(partial):
+        partial.mkdir(parents=True)
+        next(today)  # midnight
+        return -3.0, 1
+
+    monkeypatch.setattr(run, "_locally", locally)
+    (outcome,) = run.execute([planned(tmp_path)], tmp_path / "results")
+    assert (outcome.status, outcome.folder.parent.name) == ("done", "2026-01-31")
+
+
+def test_a_clock_that_goes_back_spoils_no_times(tmp_path, monkeypatch):
+    later = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr(run.time, "time", lambda: next(later))
+    item = planned(tmp_path)
+    monkeypatch.setattr(run, "_run_notebook", lambda item, partial, tick: (written(item, partial.parent), (1.0, 1))[1])
+    outcome = run._execute(item, tmp_path / "2026-01-02" / ".partial-x.1")
+    assert outcome.seconds >= 0
+    done = written(item, tmp_path / "2999-01-01")
+    run._seal(item, done, 1.0, 1)
+    assert run._complete(tmp_path, item.run).parent.name == "2999-01-01"  # a day to come is as good as any
+
+
+def test_links_are_replaced_and_what_they_lead_to_stays(tmp_path):
+    item = planned(tmp_path, forced=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "run.json").write_text("{}")
+    root = tmp_path / "results"
+    root.symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "2026-01-01").mkdir(parents=True)
+    for target in (elsewhere, tmp_path / "nowhere"):
+        link = root / "2026-01-01" / item.run
+        link.unlink(missing_ok=True) if link.is_symlink() else shutil.rmtree(link, ignore_errors=True)
+        link.symlink_to(target)
+        final = run._seal(item, written(item, root / "2026-01-01"), 1.0, 1)
+        assert not final.is_symlink()
+        assert not paths.damage(final)
+    assert [file.name for file in elsewhere.iterdir()] == ["run.json"]
+    assert sorted(file.name for file in final.parent.iterdir()) == [item.run]
+    assert run._complete(root, item.run) == final
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system")
+def test_results_may_lie_on_another_file_system(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        final = run._seal(item := planned(tmp_path), written(item, Path(folder) / "2026-01-01"), 1.0, 1)
+        assert not paths.damage(final)
+
+
+def test_results_that_are_removed_while_a_run_writes_are_its_failure_alone(tmp_path, monkeypatch):
+    root = tmp_path / "results"
+
+    def removed(item, partial, tick):
+        shutil.rmtree(root)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(run, "_run_notebook", removed)
+    monkeypatch.setattr(
+        run, "_locally", lambda todo, day, _: ((i, run._execute(i, written(i, day))) for i in todo), raising=True
+    )
+    (outcome,) = run.execute([planned(tmp_path)], root)
+    assert outcome.status == "failed"
+    assert "is gone, somebody removed it while it ran" in outcome.error
+    assert run.summary([outcome]).status[0] == "failed"

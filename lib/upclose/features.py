@@ -12,6 +12,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_WIDEST: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # owner -> descriptions of the class with most
 
 
 class Text(NamedTuple):
@@ -52,15 +55,22 @@ class Text(NamedTuple):
             if len(rows) == 0:
                 name = f"{names[c]!r} (class {c})" if names is not None else f"class {c}"
                 raise ValueError(f"{name} has no description: give it at least one, for example its own prompt")
-        owner = torch.arange(len(label), device=label.device).repeat_interleave(
-            torch.tensor([len(rows) for rows in description], device=label.device)
-        )
+        counts = [len(rows) for rows in description]
+        owner = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(label.device, non_blocking=True)
+        _WIDEST[owner] = max(counts, default=0)
         return cls(label, torch.cat(list(description)), owner)
 
     @property
     def counts(self) -> Tensor:
         """(C,) int64: how many descriptions each class has."""
-        return torch.bincount(self.owner, minlength=len(self.label))
+        return self.owner.new_zeros(len(self.label)).index_add_(0, self.owner, torch.ones_like(self.owner))
+
+    @property
+    def widest(self) -> int:
+        """How many descriptions the class with most has; a device is asked for it at most once a text."""
+        if self.owner not in _WIDEST:
+            _WIDEST[self.owner] = int(self.counts.max())
+        return _WIDEST[self.owner]
 
     def sum(self, x: Tensor | None = None) -> Tensor:
         """Sums over each class's descriptions: (L, ...) -> (C, ...); without `x` of the embeddings, (C, D)."""
@@ -85,7 +95,10 @@ class Text(NamedTuple):
 
     def to(self, device: torch.device | str) -> Text:
         """The same text on a device."""
-        return Text(*_on(device, self))
+        moved = Text(*_on(device, self))
+        if self.owner in _WIDEST:
+            _WIDEST[moved.owner] = _WIDEST[self.owner]
+        return moved
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """The descriptions as a rectangle: (C, M, D) padded with zeros, and (C, M) bool that is True on real ones.
@@ -95,10 +108,10 @@ class Text(NamedTuple):
         """
         check_described(self)
         counts = self.counts
-        mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]  # (C, M)
-        rows = self.description.new_zeros(*mask.shape, self.description.shape[-1])
-        rows[mask] = self.description
-        return rows, mask
+        place = torch.arange(self.widest, device=counts.device)
+        mask, first = place < counts[:, None], (counts.cumsum(0) - counts)[:, None]  # (C, M), (C, 1)
+        rows = self.description[first + place.minimum(counts[:, None] - 1)]
+        return rows.masked_fill(~mask[..., None], 0.0), mask
 
 
 def check_unit(x: Tensor, name: str, tolerance: float = 1e-2) -> None:

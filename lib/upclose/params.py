@@ -557,9 +557,15 @@ def jobs(file: Path, overrides: dict[str, Any] | None = None) -> list[Job]:
             name = sorted(unknown)[0]
             raise ParameterError(f"{file}: an exception asks for {name!r}, which the file neither sets nor sweeps")
     return [
-        Job("-".join(map(_slug, [Path(file).stem, *swept.values()])), notebook, check(notebook, values, str(file)))
+        Job(_run_name([Path(file).stem, *swept.values()]), notebook, check(notebook, values, str(file)))
         for swept, values in cells(sheet, overrides)
     ]
+
+
+def _run_name(parts: list[Any]) -> str:
+    """A name for a folder: not hidden, and short enough for every file system with what is put around it."""
+    name = "-".join(map(_slug, parts)).lstrip(".-") or "run"
+    return name.encode()[:120].decode(errors="ignore")
 
 
 def _slug(value: Any) -> str:

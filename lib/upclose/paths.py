@@ -134,6 +134,13 @@ def damage(run: Path) -> str:
     return ""
 
 
+def mode() -> int:
+    """The permissions of a lock: what the process's umask allows, and never that everybody writes."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o664 & ~umask
+
+
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a temporary name beside it, fsync, rename, fsync of the folder."""
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex}")

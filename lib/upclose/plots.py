@@ -125,21 +125,18 @@ def plan(
     return image
 
 
-def intervals(
-    ax: Axes, frame: pd.DataFrame, label: str = "method", title: str = "", reference: str | None = None
-) -> None:
+def intervals(ax: Axes, frame: pd.DataFrame, title: str = "", reference: str | None = None) -> None:
     """Accuracies as points with their intervals.
 
     Args:
         ax: to draw on
         frame: rows of `metrics.csv`; the interval is the one of its columns `low` and `high`, where it has them, else
             the standard deviation over crop sets
-        label: the column that names a point
         title: above
         reference: a row whose value is drawn as a line through all
     """
     for y, line in enumerate(frame.itertuples()):
-        name = getattr(line, label)
+        name = line.method
         if "low" in frame:
             spread = [[line.value - line.low], [line.high - line.value]]
         else:
@@ -150,7 +147,7 @@ def intervals(
         )
         if name == reference:
             ax.axvline(line.value, color=colour(name), lw=0.8, ls="--", zorder=0)
-    ax.set(yticks=range(len(frame)), yticklabels=frame[label], xlabel="top-1 accuracy (%)", title=title)
+    ax.set(yticks=range(len(frame)), yticklabels=frame.method, xlabel="top-1 accuracy (%)", title=title)
     ax.set_ylim(len(frame) - 0.5, -0.7)
 
 
@@ -158,7 +155,7 @@ def differences(
     ax: Axes,
     gaps: Mapping[str, tuple[float, float, float]],
     title: str = "",
-    shade: str | None = None,
+    shade: str | Mapping[str, str] | None = None,
     label: str | None = None,
     notes: Sequence[str] = (),
     shift: float = 0.0,
@@ -170,19 +167,20 @@ def differences(
         ax: to draw on
         gaps: name -> (difference, lower end, upper end) in points, as `evaluate.differences` gives them
         title: above
-        shade: of all of them; None for the colour of the method that a name starts with
+        shade: of all of them, or name -> colour; None for the colour of the method that a name starts with
         label: in a legend, where several series share the axes
         notes: one a line, beside the upper end
         shift: downwards, in lines, so that series do not hide each other
         marker: of the points
     """
+    shades = {name: colour(name) for name in gaps} if shade is None else shade
     for y, (name, (mean, low, high)) in enumerate(gaps.items()):
         ax.errorbar(
             mean,
             y + shift,
             xerr=[[mean - low], [high - mean]],
             fmt=marker,
-            color=shade or colour(name),
+            color=shades if isinstance(shades, str) else shades[name],
             capsize=3,
             label=label if y == 0 else None,
         )

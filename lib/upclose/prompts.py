@@ -35,6 +35,7 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
+import hashlib
 import json
 import re
 import warnings
@@ -297,6 +298,17 @@ def templates(dataset: str) -> tuple[str, ...]:
             raise ValueError(f"the templates of {dataset} must be a list of strings with one {{}} each")
         return tuple(rows)
     return (TEMPLATE,)
+
+
+def identity(dataset: str) -> str:
+    """A hash of all that the sources say of a data set: published files by commit and path, shipped ones by content."""
+    known = {dataset, _FAMILY.get(dataset)}
+    own = sorted((paths.PACKAGE / "birdlets" / "prompts").glob("*.json")) if dataset == "birdlets" else ()
+    ensemble = _json(shipped.checked(paths.PUBLISHED / "templates.json")).get(_FAMILY.get(dataset, dataset))
+    words = shipped.checked(paths.PUBLISHED / "words.txt").read_text()
+    files = [[*f] for f in published() if f.dataset in known]
+    said = [files, ensemble, words, *(_json(shipped.checked(file)) for file in own)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def which(descriptor: str) -> str:

@@ -23,16 +23,15 @@ import tempfile
 import threading
 import time
 import uuid
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import date
-from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import psutil
@@ -41,12 +40,14 @@ import yaml
 from filelock import FileLock
 from tqdm import tqdm
 
-from upclose import datasets, encode, paths, prompts, report
+from upclose import identity, paths, report
+from upclose.bank import cluster
 from upclose.params import Job, ParameterError, notebook_cells
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
 LEAST_FREE = 64 * 2**20  # bytes
 KERNEL_START = 600  # seconds that a kernel may take to answer on a busy machine
+TICK = "a cell is done"
 GRACE = 10  # seconds that an interrupted run may take to end by itself
 
 
@@ -79,93 +80,6 @@ class Plan(NamedTuple):
 # ------------------------------------------------------------------------------------------------ before a run
 
 
-@cache
-def _code() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(paths.PACKAGE.rglob("*.py")):
-        digest.update(file.relative_to(paths.PACKAGE).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-@cache
-def _prompts() -> str:
-    digest = hashlib.sha256()
-    shipped = [*paths.PACKAGE.rglob("prompts/*.json"), *(paths.PUBLISHED / f for f in ("templates.json", "words.txt"))]
-    for file in sorted([*shipped, *(paths.cache() / "prompts").rglob("*.json")]):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _notebook(path: Path) -> str:
-    code = ["".join(cell["source"]) for cell in notebook_cells(path) if cell["cell_type"] == "code"]
-    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
-
-
-@cache
-def _weights(backbone: str, pretrained: str) -> str:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*has random weights")
-        try:
-            return encode.identity(backbone, pretrained or None)
-        except UserWarning as warning:
-            raise ValueError(str(warning)) from None
-
-
-@cache
-def _data(dataset: str, split: str, protocol: str | None) -> str:
-    return datasets.load(dataset, split, protocol=protocol).fingerprint
-
-
-@cache
-def _sentences(file: str) -> str:
-    prompts.read(file)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-@cache
-def _arithmetic(device: str, precision: str) -> None:
-    encode.load("birdlets-tiny", None, device, precision)
-
-
-def ingredients(job: Job, here: bool = True) -> tuple[dict[str, str], list[str]]:
-    """The hashes that name a run, and a sentence for each thing that is missing.
-
-    Args:
-        job: its values
-        here: it would run on this machine, which must have the device then
-    """
-    values, missing = job.values, []
-    hashes = {"code": _code(), "prompts": _prompts(), "notebook": _notebook(job.notebook)}
-
-    @contextmanager
-    def noted() -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, OSError, RuntimeError) as error:
-            missing.append(str(error))
-
-    weights = {name: values.get("pretrained", "") for name in values.get("backbones") or [values.get("backbone")]}
-    weights |= {values.get("second_backbone"): ""}  # no notebook gives it a tag
-    for name, pretrained in weights.items():
-        if name:
-            with noted():
-                hashes[f"weights {name}"] = _weights(name, pretrained)
-    data = {"data": (values.get("dataset"), values.get("split", "test"), values.get("protocol") or None)}
-    data["training data"] = (values.get("train_dataset"), "train", None)
-    for what, (dataset, split, protocol) in data.items():
-        if dataset:
-            with noted():
-                hashes[what] = _data(dataset, split, protocol)
-    for what in ("description_file", "sentence_file"):
-        if values.get(what):
-            with noted():
-                hashes[what] = _sentences(values[what])
-    if here and "device" in values:
-        with noted():
-            _arithmetic(values["device"], values.get("precision", "fp32"))
-    return hashes, missing
-
-
 def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False, here: bool = True) -> list[Plan]:
     """What would be run, what is complete, and what is missing; two jobs that are the same run are one.
 
@@ -178,7 +92,7 @@ def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False, her
     root = root or paths.results()
     plans = {}
     for job in jobs:
-        hashes, missing = ingredients(job, here)
+        hashes, missing = identity.ingredients(job, here)
         facts = json.dumps([job.values, hashes], sort_keys=True, default=str)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
         found = None if force else _complete(root, f"{job.name}-{digest}")
@@ -220,24 +134,24 @@ def _partial(item: Plan, day: Path) -> Path:
     return day / f".partial-{item.run}.{uuid.uuid4().hex[:8]}"
 
 
-def _execute(item: Plan, partial: Path, ticks: Any = None) -> Outcome:
+def _execute(item: Plan, partial: Path, tick: Callable[[], object] = lambda: None) -> Outcome:
     """Run one notebook in this process; whatever goes wrong is that run's failure alone.
 
     A process that runs the same run is waited for; what it has completed is not run again.
     """
-    start, root = time.time(), partial.parent.parent
+    start, root = time.monotonic(), partial.parent.parent
     try:
         lock = root / ".locks" / f"{item.run}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with FileLock(lock, mode=paths.mode()):
             if not item.forced and (found := _complete(root, item.run)) and not paths.damage(found):
                 return Outcome(item.job, "complete", found)
             for left in root.glob(f"*/.partial-{item.run}.*"):  # of processes that have ended: the lock is ours
                 shutil.rmtree(left, ignore_errors=True)
-            folder = _run_notebook(item, partial, ticks)
+            folder = _seal(item, partial, *_run_notebook(item, partial, tick))
     except Exception as error:
-        return Outcome(item.job, "failed", partial, time.time() - start, _why(error, partial))
-    return Outcome(item.job, "done", folder, time.time() - start)
+        return Outcome(item.job, "failed", partial, time.monotonic() - start, _why(error, partial))
+    return Outcome(item.job, "done", folder, time.monotonic() - start)
 
 
 def _why(error: Exception, partial: Path) -> str:
@@ -245,11 +159,13 @@ def _why(error: Exception, partial: Path) -> str:
 
     if isinstance(error, papermill.PapermillExecutionError):
         return f"cell {error.exec_count} raised {error.ename}: {error.evalue}; see {partial / 'notebook.ipynb'}"
+    if not partial.is_dir():
+        return f"its folder {partial} is gone, somebody removed it while it ran ({type(error).__name__})"
     return f"{type(error).__name__}: {error}; see {partial}"
 
 
-def _run_notebook(item: Plan, partial: Path, ticks: Any) -> Path:
-    """Run one notebook, whose kernel is this process's only child, and return its complete folder."""
+def _run_notebook(item: Plan, partial: Path, tick: Callable[[], object]) -> tuple[float, int]:
+    """Run one notebook, whose kernel is this process's only child; seconds, and bytes that it held at most."""
     import papermill
     from papermill.engines import NBClientEngine, papermill_engines
 
@@ -260,8 +176,7 @@ def _run_notebook(item: Plan, partial: Path, ticks: Any) -> Path:
 
             def complete(cell, *a, **k):
                 peaks.append(_peak_of_children())
-                if ticks is not None:
-                    ticks.put(1)
+                tick()
                 return done(cell, *a, **k)
 
             manager.cell_complete = complete
@@ -276,10 +191,10 @@ def _run_notebook(item: Plan, partial: Path, ticks: Any) -> Path:
     log = partial / "kernel.log"
     with log.open("w") as file:  # what the kernel says beside the notebook
         os.dup2(file.fileno(), 2)
-    start = time.time()
+    start = time.monotonic()
     papermill.execute_notebook(
-        str(job.notebook),
-        str(partial / "notebook.ipynb"),
+        _literal(job.notebook),
+        _literal(partial / "notebook.ipynb"),
         parameters=job.values,
         engine_name="ticking",
         kernel_name="python3",
@@ -288,8 +203,13 @@ def _run_notebook(item: Plan, partial: Path, ticks: Any) -> Path:
         start_timeout=KERNEL_START,
         cwd=os.getcwd(),  # a path among the parameters is read from where the caller stands
     )
-    seconds = time.time() - start
-    facts = partial / "facts.json"
+    log.unlink()
+    return time.monotonic() - start, max(peaks)
+
+
+def _seal(item: Plan, partial: Path, seconds: float, peak: int) -> Path:
+    """Write `run.json` and give the folder its name: the run is complete."""
+    job, facts = item.job, partial / "facts.json"
     content = {
         "notebook": os.path.relpath(job.notebook, paths.NOTEBOOKS),
         "hash": item.hash,
@@ -303,18 +223,24 @@ def _run_notebook(item: Plan, partial: Path, ticks: Any) -> Path:
         "seeds": {key: value for key, value in job.values.items() if "seed" in key},
         **(json.loads(facts.read_text()) if facts.exists() else {}),
         "seconds": round(seconds, 1),
-        "peak_memory_bytes": max(peaks),
+        "peak_memory_bytes": peak,
     }
     facts.unlink(missing_ok=True)
-    log.unlink()
     content["files"] = paths.checksums(partial)
     paths.write(partial / "run.json", paths.seal(content))
     final, before = partial.with_name(item.run), partial.with_name(partial.name.replace("partial", "before", 1))
-    if final.exists():  # an earlier run of a forced one goes when the new one stands
+    if os.path.lexists(final):  # an earlier run of a forced one goes when the new one stands
         final.rename(before)
     partial.rename(final)
+    if before.is_symlink():
+        before.unlink()
     shutil.rmtree(before, ignore_errors=True)
     return final
+
+
+def _literal(path: Path) -> str:
+    """A path that papermill does not take for a format."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _peak_of_children() -> int:
@@ -342,15 +268,17 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, 
     threads = max(1, (os.cpu_count() or 1) // workers)
     running: list[multiprocessing.process.BaseProcess] = []
 
-    def apart(item: Plan, ticks: Any) -> Outcome:
+    def apart(item: Plan) -> Outcome:
         receive, send = context.Pipe(duplex=False)
         partial = _partial(item, day)
-        process = context.Process(target=_child, args=(item, partial, ticks, threads, send))
+        process = context.Process(target=_child, args=(item, partial, threads, send))
         process.start()
         running.append(process)
         send.close()
         try:
-            return receive.recv()
+            while (said := receive.recv()) == TICK:
+                ticks.put(said)
+            return said
         except EOFError:
             why = f"its process was killed, as when memory is short; see {partial}"
             return Outcome(item.job, "failed", partial, error=why)
@@ -358,21 +286,16 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, 
             process.join()
             running.remove(process)
 
-    with (
-        context.Manager() as manager,
-        tqdm(total=sum(_cells(p.job) for p in todo), unit="cell", disable=not todo) as bar,
-    ):
-        ticks = manager.Queue()
+    ticks: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with tqdm(total=sum(_cells(p.job) for p in todo), unit="cell", disable=not todo) as bar:
         pool = ThreadPoolExecutor(workers)
         try:
-            waiting = {pool.submit(apart, item, ticks): item for item in todo}
+            waiting = {pool.submit(apart, item): item for item in todo}
             while waiting:
                 done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                while True:
-                    try:
-                        bar.update(ticks.get_nowait())
-                    except queue.Empty:
-                        break
+                for _ in range(ticks.qsize()):
+                    ticks.get()
+                    bar.update()
                 for future in done:
                     item = waiting.pop(future)
                     bar.set_postfix_str(item.job.name)
@@ -386,14 +309,14 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, 
                 time.sleep(0.1)
 
 
-def _child(item: Plan, partial: Path, ticks: Any, threads: int, send: Connection) -> None:
+def _child(item: Plan, partial: Path, threads: int, send: Connection) -> None:
     """Run one notebook whose kernel has so many threads, unless the caller has set them; `run.json` states them."""
     signal.signal(signal.SIGTERM, lambda *_: _end())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)  # torch was imported before and has read the variable already
-    send.send(_execute(item, partial, ticks))
+    send.send(_execute(item, partial, lambda: send.send(TICK)))
 
 
 def _end_with_parent() -> None:
@@ -411,11 +334,7 @@ def _end() -> None:
 
 def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, Outcome]]:
     """Each job as a task of an existing Ray cluster that shares the results folder."""
-    try:
-        import ray
-    except ImportError:
-        raise ParameterError("--ray needs the extra: pip install 'upclose[cluster]'") from None
-    ray.init(address=None if address == "local" else address, log_to_driver=False)
+    ray = cluster.connect(address)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         task = ray.remote(num_gpus=gpus, max_calls=1)(_execute)
@@ -447,8 +366,11 @@ def execute(plans: list[Plan], root: Path | None = None, workers: int = 1, ray: 
         An outcome a plan, in their order
 
     Raises:
-        ParameterError: something that a job needs is missing, or the results cannot be written; nothing has been run
+        ParameterError: something that a job needs is missing, papermill is, or the results cannot be written; nothing
+            has been run
     """
+    if find_spec("papermill") is None:
+        raise ParameterError("running notebooks needs the extra: pip install 'upclose[notebooks]'")
     root = (root or paths.results()).absolute()
     if lacking := [item for item in plans if item.missing and item.complete is None]:
         more = f" ({len(lacking)} of {len(plans)} runs lack something)" if len(lacking) > 1 else ""

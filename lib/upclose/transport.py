@@ -9,7 +9,10 @@ Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013; Peyré and Cuturi, "Computat
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import os
 
 import numpy as np
 import ot
@@ -24,6 +27,7 @@ SAFE = {torch.float32: 40.0, torch.float64: 300.0}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 LOOK = 5  # rounds of stacked problems before the first look at who is done
 LEAST = 0.05  # of what overrelaxation multiplies a row or a column with
+ROWS = 2**13  # the most that a problem on a chip may have
 NOTHING = -1e30  # the logarithm of no mass: finite, so that gradients stay finite
 
 
@@ -97,7 +101,7 @@ class Ragged:
         check_owner(owner, classes)
         self.owner, self._column = owner, torch.arange(len(owner), device=owner.device)
         bounds = torch.searchsorted(owner, torch.arange(classes + 1, device=owner.device))
-        self._start, self.count = bounds[:-1], bounds.diff()  # (C,)
+        self.bounds, self._start, self.count = bounds, bounds[:-1], bounds.diff()  # (C + 1,), (C,), (C,)
         self.share = 1 / self.spread(self.count).double()  # (L,), each column's part of its class
 
     def sum(self, x: Tensor) -> Tensor:
@@ -141,7 +145,8 @@ def sinkhorn_ragged(
         tolerance: as in `sinkhorn`
         bound: the largest difference between logits that can occur, padding included, where the caller knows it; the
             logits are then not looked at. The plain kernel is used up to 40 (float32) or 300 (float64), otherwise the
-            log domain. None: the largest difference on the CPU, infinite elsewhere.
+            log domain. None: the largest difference on the CPU, infinite elsewhere. On a GPU with Triton each problem
+            of float32 without gradients is solved by `kernels_transport`, which looks at its own logits
 
     Returns:
         plan: (L, B, N); problem (b, c) has plan[columns.owner == c, b].T
@@ -150,16 +155,34 @@ def sinkhorn_ragged(
     Raises:
         ValueError: as `sinkhorn`
     """
-    _check_problems("logit", logit, 0, 2)
-    if len(logit) != len(columns.owner):
-        raise ValueError(f"logit has shape {tuple(logit.shape)}, but there are {len(columns.owner)} columns")
-    row = _marginal("row", row, logit, logit.shape[1:])
+    row = _ragged_row(logit, row, columns)
     if not logit.numel():
         return torch.zeros_like(logit), 0
+    if _on_chip(logit, row):
+        return _solve_on_chip(logit, row, columns, max_iter, tolerance, plans=True), max_iter
     if bound is None:
         low, high = _range("logit", logit)
         bound = high - low
     return _solve(columns, logit, row, columns.share.to(logit)[:, None, None], bound, max_iter, tolerance)
+
+
+def moved_ragged(
+    logit: Tensor,
+    row: Tensor,
+    columns: Ragged,
+    max_iter: int = 1000,
+    tolerance: float | None = None,
+    bound: float | None = None,
+) -> Tensor:
+    """<plan, logit> of the plans of `sinkhorn_ragged`, whose arguments and errors these are.
+
+    Returns:
+        (C, B); on a GPU with Triton no plan is ever in memory
+    """
+    if logit.numel() and _on_chip(logit, row):
+        return _solve_on_chip(logit, _ragged_row(logit, row, columns), columns, max_iter, tolerance, plans=False)
+    plan, _ = sinkhorn_ragged(logit, row, columns, max_iter, tolerance, bound)
+    return columns.sum((plan * logit).sum(-1))
 
 
 def sinkhorn_stacked(
@@ -249,6 +272,37 @@ def _faster(factor: Tensor | float, rate: Tensor) -> Tensor:
 def fits(logit: Tensor) -> bool:
     """Whether `sinkhorn_stacked` can solve logits (N, M, K): no column's values lie further apart than is safe."""
     return not logit.numel() or bool((logit.amax(0) - logit.amin(0)).amax() <= SAFE[logit.dtype])
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether ragged problems there are solved by `kernels_transport`: as `crops.has_kernels`."""
+    return (device.type == "cuda" and _has_triton()) or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _on_chip(logit: Tensor, row: Tensor) -> bool:
+    return (
+        has_kernels(logit.device)
+        and logit.dtype == torch.float32
+        and logit.shape[2] <= ROWS
+        and not (logit.requires_grad or row.requires_grad)
+    )
+
+
+def _solve_on_chip(
+    logit: Tensor, row: Tensor, columns: Ragged, max_iter: int, tolerance: float | None, plans: bool
+) -> Tensor:
+    from upclose import kernels_transport
+
+    if max_iter < 1:
+        raise ValueError(f"max_iter is {max_iter}: give at least 1")
+    tolerance, safe = TOLERANCE[logit.dtype] if tolerance is None else tolerance, SAFE[logit.dtype]
+    row = row.expand(logit.shape[1:])
+    return kernels_transport.solve(logit, row, columns.bounds, max_iter, tolerance, plans, safe, LOOK, LEAST)
 
 
 def exact(cost: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -387,6 +441,14 @@ def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tenso
     _check_problems("cost", cost, -2, -1)
     columns = (*cost.shape[:-2], cost.shape[-1])
     return _marginal("row", row, cost, cost.shape[:-1]), _marginal("column", column, cost, columns)
+
+
+def _ragged_row(logit: Tensor, row: Tensor, columns: Ragged) -> Tensor:
+    """The marginal (B, N) of ragged problems (L, B, N)."""
+    _check_problems("logit", logit, 0, 2)
+    if len(logit) != len(columns.owner):
+        raise ValueError(f"logit has shape {tuple(logit.shape)}, but there are {len(columns.owner)} columns")
+    return _marginal("row", row, logit, logit.shape[1:])
 
 
 def _check_problems(name: str, x: Tensor, *axes: int) -> None:

@@ -319,8 +319,26 @@ def test_an_unusable_queue_or_zero_shot_table_is_an_error(world):
 
 
 def test_of_equal_entropies_the_oldest_stay():
-    assert tip_adapter.queue([0, 0], [0.5, 0.5], 1) == [2, 1]
-    assert tip_adapter.queue([0, 0, 0], [0.5, 0.5, 0.1], 2) == [3, 2, 3]
+    for entropy, capacity, leave in (([0.5, 0.5], 1, [2, 1]), ([0.5, 0.5, 0.1], 2, [3, 2, 3])):
+        answer = torch.zeros(len(entropy), dtype=torch.int64)
+        assert tip_adapter.queue(answer, torch.tensor(entropy), capacity).tolist() == leave
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 3])
+def test_a_device_settles_the_queues_as_a_heap_does(capacity, monkeypatch):
+    monkeypatch.setattr(tip_adapter, "CHUNK", 300)
+    draw = torch.Generator().manual_seed(0)
+    answer = torch.randint(0, 4, (80,), generator=draw)
+    entropy = torch.randint(0, 9, (80,), generator=draw) / 9  # with ties
+    admitted = torch.rand(80, generator=draw) < 0.8
+    leave = tip_adapter.queue(answer, entropy, capacity, admitted)
+    assert torch.equal(tip_adapter._queue_by_rank(answer, entropy, capacity, admitted), leave)
+    step = torch.arange(80)
+    assert ((leave > step) <= admitted).all()
+    for now in step.split(7):
+        image, held = tip_adapter.present(leave, now, 4 * capacity + 7)
+        assert len(image) <= 4 * capacity + 7
+        assert torch.equal(held.sum(0), ((step[:, None] <= now) & (now < leave[:, None])).sum(0))
 
 
 def test_exact_plans_have_the_exact_cost():

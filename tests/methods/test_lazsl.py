@@ -285,3 +285,18 @@ def test_descriptions_out_of_order_and_labels_of_another_number_are_refused():
         text._replace(owner=text.owner.flip(0)).padded()
     with pytest.raises(ValueError, match=r"4 images, but labels \(1,\)"):
         lazsl.plans(views, text, torch.tensor([0]))
+
+
+def test_the_exact_plan_is_the_limit_of_a_small_epsilon():
+    views, text = world()
+    sharp = lazsl.scores(views, text, epsilon=1e-3, max_iter=20_000, tolerance=1e-6)
+    torch.testing.assert_close(lazsl.exact_scores(views, text), sharp, atol=2e-3, rtol=0)
+    assert (lazsl.exact_scores(views, text) >= sharp - 1e-5).all()  # no plan is better
+
+
+def test_the_released_loop_without_its_stop_is_lazsl():
+    views, text = world()
+    to_the_end, rounds = lazsl.released_scores(views, text, stop=0)
+    torch.testing.assert_close(to_the_end, lazsl.scores(views, text, max_iter=1000), atol=1e-5, rtol=0)
+    assert rounds == 100
+    assert lazsl.released_scores(views, text)[1] < 100

@@ -16,7 +16,10 @@ import hashlib
 import json
 import os
 import re
+import sys
+import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -145,7 +148,7 @@ def build(
     executor: str = "local",
     on_error: str = "raise",
     dtype: str = "float16",
-    shard: int = 64,
+    shard: int | None = None,
     progress: bool | None = None,
     address: str = "auto",
     workers: int | None = None,
@@ -163,8 +166,9 @@ def build(
         on_error: "raise" stops at the first unreadable picture, "skip" lists it in the manifest and leaves it out;
             a picture that is listed there and has become readable since is encoded now
         dtype: "float16" or "float32", of the embeddings on disk
-        shard: images a file, a multiple of `shards.BATCH`; at most this many are encoded again after a kill
-        progress: show a bar of crops, None where a terminal is looking
+        shard: images a file, a multiple of `shards.BATCH`; at most this many are encoded again after a kill. None: 64,
+            or 512 on a GPU
+        progress: show a bar of crops, and at the end what they waited for; None where a terminal is looking
         address: of the Ray cluster
         workers: encoder actors, None for as many as the cluster's free processors or GPUs can hold
         gpus: share of a GPU an actor asks for
@@ -180,6 +184,8 @@ def build(
     for name, value, known in (("executor", executor, ("local", "ray")), ("on_error", on_error, ("raise", "skip"))):
         if value not in known:
             raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(repr, known))}")
+    if shard is None:
+        shard = shards.STREAMED_SHARD if shards.streams(encoder) else shards.SHARD
     if shard < 1 or shard % shards.BATCH:
         raise ValueError(f"shard is {shard} images: it must be a multiple of {shards.BATCH}, the images of one batch")
     if len(dataset) == 0:
@@ -188,15 +194,16 @@ def build(
     home, name = stores.locate(root), _key(identity)
     folder = home.join(name)
     stores.refuse_link(folder)
-    job = shards.Job(dataset, encoder, plan, dtype, on_error, folder)
-    spread = partial(cluster.spread, job, address, workers, gpus) if executor == "ray" else partial(_here, job)
+    job = shards.Job(dataset, encoder, plan, dtype, on_error, folder, _compiles(dataset, encoder, plan))
+    waited = Counter()
+    spread = partial(cluster.spread, job, address, workers, gpus) if executor == "ray" else partial(_here, job, waited)
 
     manifest = _finished(folder, dataset)
     if manifest is None:
         with stores.lock(home, name):
             manifest = _finished(folder, dataset)  # the builder that we waited for may have finished it
             if manifest is None:
-                manifest = _fill(job, identity, shard, progress, spread)
+                manifest = _fill(job, identity, shard, progress, spread, waited)
     _check_errors(manifest, on_error)
     return Bank(folder, manifest, dataset.label)
 
@@ -241,6 +248,7 @@ def _identity(dataset: Dataset, encoder: object, plan: Plan, dtype: str) -> dict
             "mean": [float(x) for x in encoder.mean],
             "std": [float(x) for x in encoder.std],
             "squash": bool(encoder.squash),
+            **({"compiled": True} if _compiles(dataset, encoder, plan) else {}),
         },
         "preprocessing": shards.PREPROCESSING,
         "plan": {**plan._asdict(), "scale": [float(x) for x in plan.scale], "factor": float(plan.factor)},
@@ -255,12 +263,27 @@ def _key(identity: dict) -> str:
     return f"{names}-{digest[:20]}"
 
 
-def _here(job: shards.Job, todo: list[tuple[int, int]], advance) -> list[dict]:
-    with shards.decoders(job) as pool:
-        return shards.make(job, pool, todo, advance)
+def _compiles(dataset: Dataset, encoder: object, plan: Plan) -> bool:
+    """Whether the encoder runs compiled, which rounds otherwise, also when it goes on with a build."""
+    return hasattr(encoder, "compiles") and encoder.compiles(len(dataset) * (1 + plan.n * plan.steps))
 
 
-def _fill(job: shards.Job, identity: dict, size: int, progress: bool | None, spread) -> dict:
+def _here(job: shards.Job, waited: Counter, todo: list[tuple[int, int]], advance) -> list[dict]:
+    """The shards, made in this process; what it waited for goes into `waited`, in seconds."""
+    before, start = Counter(getattr(job.encoder, "spent", {})), time.perf_counter()
+    entries = shards.make(job, todo, advance, waited)
+    waited.update(Counter(getattr(job.encoder, "spent", {})) - before)
+    waited.setdefault("encoding", time.perf_counter() - start - waited.total())
+    return entries
+
+
+def _account(waited: Counter, crops: int, seconds: float) -> str:
+    """What a build spent its time on; on a GPU cutting and encoding go on while this process waits."""
+    shares = ", ".join(f"{name} {share / seconds:.0%}" for name, share in waited.most_common())
+    return f"{crops / seconds:,.0f} crops/s; of the time {shares}: the bottleneck was {waited.most_common(1)[0][0]}"
+
+
+def _fill(job: shards.Job, identity: dict, size: int, progress: bool | None, spread, waited: Counter) -> dict:
     """Encode what is missing, write the manifest, return it."""
     dataset, plan, folder = job.dataset, job.plan, job.folder
     with stores.writing(folder):
@@ -280,7 +303,11 @@ def _fill(job: shards.Job, identity: dict, size: int, progress: bool | None, spr
         unit="crop",
         disable=None if progress is None else not progress,
     ) as bar:
+        start = time.perf_counter()
         done += spread(todo, lambda images: bar.update(images * each))
+        if waited and not bar.disable:
+            made = sum(stop - first for first, stop in todo) * each
+            bar.write(_account(waited, made, time.perf_counter() - start), file=sys.stderr)
     done.sort(key=lambda entry: entry["start"])
     if not any(entry["count"] for entry in done):
         raise ValueError(f"none of the {len(dataset)} pictures of {dataset.name} ({dataset.split}) can be read")

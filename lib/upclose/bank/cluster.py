@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
@@ -12,6 +15,7 @@ from upclose.bank import shards
 from upclose.bank import store as stores
 from upclose.bank.store import BankError, Store
 
+SECONDS = 5  # that a cluster may take to answer
 ATTEMPTS = 4  # at one shard, or to start actors before any of them works
 
 
@@ -52,7 +56,7 @@ def spread(
                 "gpus=1, or load the encoder with device='cpu'"
             )
         job = job._replace(encoder=job.encoder.to("cpu"))
-    ray = _connect(address)
+    ray = connect(address)
     try:
         return _spread(ray, job, workers, gpus, todo, advance)
     except ray.exceptions.RayError as error:
@@ -112,30 +116,49 @@ class Worker:
     def __init__(self, job: shards.Job, threads: int, gpus: float):
         torch.set_num_threads(threads)
         self._job = job._replace(encoder=job.encoder.to("cuda")) if gpus else job
-        self._pool = shards.decoders(self._job)
 
     def ready(self) -> None:
         """Answer once the actor has started."""
 
     def make(self, shard: tuple[int, int]) -> dict:
         """Encode and write one shard."""
-        return shards.make(self._job, self._pool, [shard])[0]
+        return shards.make(self._job, [shard])[0]
 
 
-def _connect(address: str) -> ModuleType:
+def connect(address: str) -> ModuleType:
+    """Ray, connected to a cluster, which has to answer within seconds.
+
+    Args:
+        address: "auto", "local" to start one here, "host:6379" or "ray://host:10001"; unused when Ray is connected
+
+    Raises:
+        ImportError: Ray is not installed
+        ValueError: no address
+        ConnectionError: there is no cluster
+    """
     try:
         import ray
     except ImportError as error:
-        raise ImportError('executor="ray" needs Ray: pip install "upclose[cluster]"') from error
+        raise ImportError('a Ray cluster needs Ray: pip install "upclose[cluster]"') from error
     if not ray.is_initialized():
         try:
-            ray.init(address=address, log_to_driver=False)
-        except ConnectionError as error:
+            _knock(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
+            ray.init(address=None if address == "local" else address, log_to_driver=False)
+        except OSError as error:
             raise ConnectionError(
-                f"there is no Ray cluster at {address!r}: start one with `ray start --head` (and `ray start --address="
-                'HOST:6379` on every other machine), or take executor="local"'
+                f"there is no Ray cluster at {address!r} ({error}): start one with `ray start --head` (and `ray start "
+                "--address=HOST:6379` on every other machine), or do without"
             ) from error
     return ray
+
+
+def _knock(address: str) -> None:
+    """Ray itself waits for minutes for a machine that is not there."""
+    if address in ("auto", "local"):
+        return
+    if not (where := re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d+)", address)):
+        raise ValueError(f"{address!r} is no address of a Ray cluster: auto, local, HOST:6379 or ray://HOST:10001")
+    socket.create_connection((where[1], int(where[2])), SECONDS).close()
 
 
 def _room(ray: ModuleType, threads: int, gpus: float) -> int:

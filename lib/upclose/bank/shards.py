@@ -1,16 +1,20 @@
-"""One shard: decode, draw boxes, encode, write. The same pictures always meet the encoder in the same batches."""
+"""One shard: decode, draw boxes, encode, write. What an image becomes does not depend on how fast anything was.
+
+Threads decode ahead, the caller's thread hands pictures to the encoder, and another thread writes. On the CPU the same
+eight pictures always meet the encoder together; an encoder that `streams` takes them as they come, in whole batches.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import multiprocessing
+import itertools
 import os
-import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,14 +26,16 @@ from upclose.bank.store import Store
 from upclose.features import Dataset, Plan
 from upclose.images import ImageError
 
-BATCH = 8  # images that are handed to the encoder together; part of a bank's key
+BATCH = 8  # images that are handed to an encoder on the CPU together; part of a bank's key
+SHARD, STREAMED_SHARD = 64, 512  # images a file, and of an encoder that streams, for which 64 are a tenth of a second
 PREPROCESSING = 1  # part of a bank's key: raise it when `crops` or `images` give other pixels than before
-DECODERS = min(8, os.cpu_count() or 1)  # that decode while the encoder works
+AHEAD = 2**30  # bytes of pictures that wait for the encoder, about
+WRITING = 2  # shards that wait for the disk
 DTYPE = {"float16": torch.float16, "float32": torch.float32}
 
 
 class Job(NamedTuple):
-    """What is to be encoded, by what, to where; all but `folder` as in `bank.build`."""
+    """What is to be encoded, by what, to where; `compile` as in `encode_views`, all but `folder` as in `bank.build`."""
 
     dataset: Dataset
     encoder: object
@@ -37,6 +43,7 @@ class Job(NamedTuple):
     dtype: str
     on_error: str
     folder: Store
+    compile: bool = False
 
 
 class Picture(NamedTuple):
@@ -46,23 +53,28 @@ class Picture(NamedTuple):
         pixels: uint8 (3, H, W)
         box: (N, 4) or (T, N, 4) float32
         error: the reason that it cannot be read
+        ready: what an encoder that streams takes
     """
 
     pixels: Tensor | None
     box: Tensor | None
     error: ImageError | None = None
+    ready: object | None = None
 
 
 def make(
-    job: Job, pool: Executor, ranges: list[tuple[int, int]], advance: Callable[[int], object] = lambda images: None
+    job: Job,
+    ranges: list[tuple[int, int]],
+    advance: Callable[[int], object] = lambda images: None,
+    waited: Counter | None = None,
 ) -> list[dict]:
     """Encode and write the shards of some ranges of images.
 
     Args:
         job: what to encode
-        pool: its `decoders`
         ranges: (start, stop) of each shard
-        advance: called with the number of images that each batch adds
+        advance: called with the number of images that were added
+        waited: to which the seconds are added that this thread waited for "decoding" and for "writing"
 
     Returns:
         an `entry` a shard
@@ -70,98 +82,75 @@ def make(
     Raises:
         ValueError: a picture is unreadable and on_error is "raise", or the encoder's numbers are not finite
     """
-    dataset, encoder, plan, dtype, on_error, folder = job
-    pictures = decode(job, pool, (i for start, stop in ranges for i in range(start, stop)))
-    entries = []
-    for start, stop in ranges:
-        parts, index, errors = [], [], {}
-        for first in range(start, stop, BATCH):
-            batch = list(zip(range(first, min(first + BATCH, stop)), pictures))
-            if on_error == "raise":
-                _raise_first_error(dataset, batch)
-            errors |= {i: picture.error.reason for i, picture in batch if picture.error}
-            if readable := [(i, picture) for i, picture in batch if not picture.error]:
-                index += [i for i, _ in readable]
-                parts.append(encode([picture for _, picture in readable], encoder, plan.cls, DTYPE[dtype]))
-            advance(len(batch))
-        tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in (parts[0] if parts else ())}
-        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-            raise ValueError(
-                f"the encoder's features of images {start} to {stop - 1} of {dataset.name} are not finite in {dtype}: "
-                "try precision='fp32' or dtype='float32'"
-            )
-        content = stores.pack({**tensors, "index": torch.tensor(index, dtype=torch.int64)}, errors, folder.name)
-        entries.append(entry(start, stop, content, errors))
-        stores.write(folder, entries[-1]["name"], content)
-    return entries
+    waited = Counter() if waited is None else waited
+    positions = itertools.chain.from_iterable(itertools.starmap(range, ranges))
+    encode = _encode_stream if streams(job.encoder) else _encode_batches
+    written: list[Future] = []
+    with ThreadPoolExecutor(1) as writer, closing(decode(job, positions, waited)) as pictures:
+        for start, stop in ranges:
+            tensors, index, errors = encode(job, zip(range(start, stop), pictures), advance)
+            with _clock(waited, "writing"):
+                if len(written) >= WRITING:
+                    written[-WRITING].result()
+            before = written[-1] if written else None
+            written.append(writer.submit(_write, before, job, start, stop, *_on_host(tensors), index, errors))
+        with _clock(waited, "writing"):
+            return [shard.result() for shard in written]
 
 
-def entry(start: int, stop: int, content: bytes, errors: dict[int, str]) -> dict:
-    """What the manifest says about a shard, and its errors."""
-    return {
-        "name": f"{start:08d}-{stop:08d}.safetensors",
-        "start": start,
-        "stop": stop,
-        "count": stop - start - len(errors),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "errors": errors,
-    }
+def streams(encoder: object) -> bool:
+    """Whether an encoder takes pictures as they come: `encode.Encoder` on a GPU."""
+    return getattr(encoder, "streams", False)
 
 
-def decoders(job: Job) -> Executor:
-    """What decodes a job's pictures: threads where the encoder works on the processor's cores itself.
-
-    Otherwise processes, which take seconds to start and leave this one to the encoder; they start with the first
-    picture, are sent the data set once, and end with this process however it ends.
-    """
-    if job.encoder.device.type == "cpu":
-        return ThreadPoolExecutor(DECODERS)
-    return ProcessPoolExecutor(DECODERS, multiprocessing.get_context("spawn"), _keep, (job.dataset, job.plan))
-
-
-def decode(job: Job, pool: Executor, positions: Iterable[int]) -> Iterator[Picture]:
-    """The pictures at these positions, in order, decoded ahead by at most two batches."""
-    positions = iter(positions)
-    load = _load_here if isinstance(pool, ProcessPoolExecutor) else partial(_load, job.dataset, job.plan)
-    ahead = deque(pool.submit(load, i) for i in islice(positions, 2 * BATCH))
-    while ahead:
-        picture = ahead.popleft().result()
-        ahead.extend(pool.submit(load, i) for i in islice(positions, 1))
-        yield picture
-
-
-def _keep(dataset: Dataset, plan: Plan) -> None:
-    """In a decoding process: what every picture needs is sent to it once."""
-    global _load_kept
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    _load_kept = partial(_load, dataset, plan)
-
-
-def _end_with_parent() -> None:
-    """A pool's processes do not notice when the one that feeds them is killed, and would wait for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _load_here(i: int) -> Picture:
-    return _load_kept(i)
-
-
-def _load(dataset: Dataset, plan: Plan, i: int) -> Picture:
+@contextmanager
+def _clock(waited: Counter, name: str) -> Iterator[None]:
+    start = time.perf_counter()
     try:
-        pixels = dataset.load(i)
-    except ImageError as error:
-        return Picture(None, None, error)
-    except Exception as error:
-        error.add_note(f"while loading picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split})")
-        raise
-    return Picture(pixels, crops.plan_boxes(plan, *pixels.shape[-2:], dataset.key[i]))
+        yield
+    finally:
+        waited[name] += time.perf_counter() - start
 
 
-def encode(pictures: list[Picture], encoder: object, cls: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Encode B pictures and their crops, on the encoder's device, which is not waited for.
+def _encode_batches(job: Job, pictures: Iterable[tuple[int, Picture]], advance) -> tuple[dict, list[int], dict]:
+    """The tensors of a shard, which images they are, and the reasons of those that cannot be read."""
+    dataset, encoder, plan, dtype, on_error, *_ = job
+    parts, index, errors = [], [], {}
+    while batch := list(itertools.islice(pictures, BATCH)):
+        for i, picture in batch:
+            _note_error(dataset, i, picture, on_error, errors)
+        if readable := [(i, picture) for i, picture in batch if not picture.error]:
+            index += [i for i, _ in readable]
+            parts.append(_encode([picture for _, picture in readable], encoder, plan.cls, DTYPE[dtype]))
+        advance(len(batch))
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}, index, errors
+
+
+def _encode_stream(job: Job, pictures: Iterable[tuple[int, Picture]], advance) -> tuple[dict, list[int], dict]:
+    """The same, of an encoder that streams; what it gives is on its device and may not be there yet."""
+    dataset, encoder, plan, dtype, on_error, *_ = job
+    box, index, errors = [], [], {}
+
+    def readable() -> Iterator[object]:
+        for i, picture in pictures:
+            _note_error(dataset, i, picture, on_error, errors)
+            if not picture.error:
+                index.append(i)
+                box.append(picture.box)
+                yield picture.ready
+            advance(1)
+
+    ready = readable()
+    if (first := next(ready, None)) is None:
+        return {}, index, errors
+    found = encoder.encode_views(itertools.chain([first], ready), plan.cls, job.compile)
+    names = ("image", "crop", "image_cls", "crop_cls")
+    tensors = {name: x.to(DTYPE[dtype]) for name, x in zip(names, found) if x is not None}
+    return {"box": torch.stack(box)} | tensors, index, errors
+
+
+def _encode(pictures: list[Picture], encoder: object, cls: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Encode B pictures and their crops.
 
     Returns:
         box (B, [T,] N, 4), image (B, D), crop (B, [T,] N, D) and with cls image_cls (B, W), crop_cls (B, N, W)
@@ -178,10 +167,99 @@ def encode(pictures: list[Picture], encoder: object, cls: bool, dtype: torch.dty
     return {"box": box, "image": image.to(dtype), "crop": crop.to(dtype)}
 
 
-def _raise_first_error(dataset: Dataset, batch: list[tuple[int, Picture]]) -> None:
-    for i, picture in batch:
-        if picture.error:
-            raise ValueError(
-                f"picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split}): {picture.error}. "
-                "Mend it, or pass on_error='skip' to list it in the manifest and leave it out of every result"
-            ) from picture.error
+def _on_host(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """Copies on the host, and what tells when they are whole."""
+    host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    if not any(tensor.device.type == "cuda" for tensor in tensors.values()):
+        return host, None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(next(x.device for x in tensors.values() if x.device.type == "cuda")))
+    return host, event
+
+
+def _write(before: Future | None, job: Job, start: int, stop: int, tensors, event, index, errors) -> dict:
+    """Write a shard once it is on the host; nothing, if the shard before could not be written."""
+    if before is not None:
+        before.result()
+    if event is not None:
+        event.synchronize()
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(
+            f"the encoder's features of images {start} to {stop - 1} of {job.dataset.name} are not finite in "
+            f"{job.dtype}: try precision='fp32' or dtype='float32'"
+        )
+    tensors = {**tensors, "index": torch.tensor(index, dtype=torch.int64)}
+    content = stores.pack(tensors, errors, job.folder.name)
+    written = entry(start, stop, content, errors)
+    stores.write(job.folder, written["name"], content)
+    return written
+
+
+def entry(start: int, stop: int, content: bytes, errors: dict[int, str]) -> dict:
+    """What the manifest says about a shard, and its errors."""
+    return {
+        "name": f"{start:08d}-{stop:08d}.safetensors",
+        "start": start,
+        "stop": stop,
+        "count": stop - start - len(errors),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "errors": errors,
+    }
+
+
+@functools.cache
+def decoders() -> ThreadPoolExecutor:
+    """The threads that decode for every build of this process: Pillow lets go of the interpreter while it decodes."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, "decoder")
+
+
+os.register_at_fork(after_in_child=decoders.cache_clear)  # a forked process has none of its parent's threads
+
+
+def decode(job: Job, positions: Iterable[int], waited: Counter | None = None) -> Iterator[Picture]:
+    """The pictures at these positions, in order.
+
+    At most two batches are decoded ahead, for an encoder that streams many more, but never more than about `AHEAD`
+    bytes, as far as the largest picture until now tells.
+    """
+    waited = Counter() if waited is None else waited
+    positions, pool, ahead = iter(positions), decoders(), deque()
+    most, largest = (STREAMED_SHARD if streams(job.encoder) else 2 * BATCH), 1
+    try:
+        while True:
+            room = min(most, max(2, AHEAD // largest)) if largest > 1 else 2 * BATCH
+            ahead.extend(pool.submit(_load, job, i) for i in itertools.islice(positions, max(0, room - len(ahead))))
+            if not ahead:
+                return
+            with _clock(waited, "decoding"):
+                picture = ahead.popleft().result()
+            largest = max(largest, 0 if picture.error else picture.pixels.numel())
+            yield picture
+    finally:
+        for picture in ahead:
+            picture.cancel()
+
+
+def _load(job: Job, i: int) -> Picture:
+    dataset = job.dataset
+    try:
+        pixels = dataset.load(i)
+    except ImageError as error:
+        return Picture(None, None, error)
+    except Exception as error:
+        error.add_note(f"while loading picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split})")
+        raise
+    box = crops.plan_boxes(job.plan, *pixels.shape[-2:], dataset.key[i])
+    return Picture(pixels, box, None, job.encoder.prepare(pixels, box) if streams(job.encoder) else None)
+
+
+def _note_error(dataset: Dataset, i: int, picture: Picture, on_error: str, errors: dict[int, str]) -> None:
+    if not picture.error:
+        return
+    if on_error == "raise":
+        raise ValueError(
+            f"picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split}): {picture.error}. "
+            "Mend it, or pass on_error='skip' to list it in the manifest and leave it out of every result"
+        ) from picture.error
+    errors[i] = picture.error.reason

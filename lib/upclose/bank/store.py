@@ -138,7 +138,7 @@ def lock(root: Store, key: str) -> Iterator[None]:
         path = Path(root.join(f"{key}.lock").path)
     else:
         path = paths.cache() / "locks" / f"{hashlib.sha256(str(root.join(key)).encode()).hexdigest()}.lock"
-    held = FileLock(path)
+    held = FileLock(path, mode=paths.mode())
     with writing(root):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

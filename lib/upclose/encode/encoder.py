@@ -75,6 +75,7 @@ class Encoder:
         precision: str = "fp32",
         compile: bool | None = None,
         batch_size: int | None = None,
+        runs_on: torch.device | None = None,
     ):
         self.name = name
         self.device = torch.device(device)
@@ -87,6 +88,7 @@ class Encoder:
         self.precision = precision
         self.batch_size = batch_size or _default_batch_size(self.image_size, self.device, self.visual)
         self.compile = compile
+        self._runs_on = runs_on or self.device
         self._parts = parts
         self._half: _Half | None = None
         self._clock = _Clock()
@@ -128,7 +130,7 @@ class Encoder:
 
     def compiles(self, count: int) -> bool:
         """Whether `encode_views` of so many crops should run compiled."""
-        return self.streams and count >= COMPILE_FROM if self.compile is None else self.compile
+        return crops.has_kernels(self._runs_on) and count >= COMPILE_FROM if self.compile is None else self.compile
 
     @property
     def spent(self) -> dict[str, float]:
@@ -539,7 +541,7 @@ def load(
     _check_precision(precision, target)
     parts = sources.find(name, pretrained)
     batch_size = batch_size or _default_batch_size(parts.image_size, target, parts.model.visual)
-    return Encoder(parts, name, device, precision, compile, batch_size)
+    return Encoder(parts, name, device, precision, compile, batch_size, target)
 
 
 def identity(name: str, pretrained: str | os.PathLike | None = None) -> str:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import hashlib
 import io
 import logging
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import open_clip
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.utils import get_session
 from open_clip.model import build_model_from_openai_state_dict, convert_to_custom_text_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +28,8 @@ from torch import Tensor, nn
 from upclose.encode import tiny
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+_HUB_SECONDS = 5  # that the hub may take to answer
+_Found = TypeVar("_Found")
 _OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -135,7 +142,7 @@ def _build(name: str, **options: bool) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return open_clip.create_model(name, pretrained_text=False, **options)
+            return _fetch(lambda: open_clip.create_model(name, pretrained_text=False, **options))
     except Exception as error:
         kind = ConnectionError if name.startswith("hf-hub:") else ValueError
         raise kind(
@@ -145,9 +152,42 @@ def _build(name: str, **options: bool) -> nn.Module:
         logging.disable(quiet)
 
 
+def _fetch(ask: Callable[[], _Found]) -> _Found:
+    """What `ask` gives with the cache's files alone, else with the hub's, which a process tries to reach once.
+
+    Raises:
+        ConnectionError: the cache lacks something and the hub cannot be reached
+    """
+    asked, quiet = hub.HF_HUB_OFFLINE, logging.root.manager.disable
+    try:
+        hub.HF_HUB_OFFLINE = True
+        logging.disable(logging.CRITICAL)
+        return ask()
+    except Exception as error:
+        lacking = error
+    finally:
+        hub.HF_HUB_OFFLINE = asked
+        logging.disable(quiet)
+    if away := _away(asked):
+        raise ConnectionError(f"{away}; with the cache alone: {reason(lacking)}") from lacking
+    return ask()
+
+
+@functools.cache
+def _away(offline: bool) -> str:
+    """Why the hub is not asked for files, "" where it answers."""
+    if offline:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(hub.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception as error:
+        return f"{hub.ENDPOINT} cannot be reached: {reason(error)}; HF_HUB_OFFLINE=1 says so beforehand"
+    return ""
+
+
 def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     try:
-        return open_clip.get_tokenizer(name)
+        return _fetch(lambda: open_clip.get_tokenizer(name))
     except Exception as error:
         raise ConnectionError(
             f"the tokenizer of {name!r} is not in the cache and could not be downloaded ({reason(error)}): "
@@ -208,7 +248,7 @@ def _unknown_tag(name: str, tag: str, tags: Sequence[str]) -> str:
 
 def _download(name: str, tag: str, facts: dict) -> str:
     try:
-        return open_clip.download_pretrained(facts)
+        return _fetch(lambda: open_clip.download_pretrained(facts))
     except Exception as error:
         source = facts.get("hf_hub") or facts.get("url")
         raise ConnectionError(
@@ -219,6 +259,11 @@ def _download(name: str, tag: str, facts: dict) -> str:
 
 
 def _load_published(model: nn.Module, file: str, name: str, tag: str) -> None:
+    stored = Path(file).resolve()
+    if re.fullmatch("[0-9a-f]{64}", stored.name):  # the hub's cache calls a file by its sha256
+        with stored.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != stored.name:
+                raise ValueError(f"{stored}, the weights {tag!r} of {name!r}, is not what was downloaded: remove it")
     try:
         open_clip.load_checkpoint(model, file)
     except Exception as error:

@@ -31,6 +31,7 @@ from upclose.methods.entry import Method
 
 CHUNK = 2**18  # entries of one cost tensor: 1 MiB, so that the rounds of Sinkhorn stay in cache
 IMAGES = 48  # of one cost tensor, if there are as many: products of few crops with many descriptions are slow
+PAIRS = {"cpu": 2**19, "device": 2**25}  # crops times descriptions and dimensions where nothing is looked at
 INFINITE = 1e18  # an epsilon at which kernels are flat, and by which logits can still be multiplied
 TOLERANCE = 1e-5  # L1 error of a plan's marginals at which Sinkhorn stops; the score is then right to about 1e-6
 
@@ -88,6 +89,11 @@ def scores(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1
     if exact:
         return _by_tile(views, text, lambda cosine, column: (_exact(cosine, column) * (cosine - 1)).sum((0, 1)))
     epsilon = _finite(epsilon)
+    if _is_elsewhere(views.crop):
+        columns = transport.Ragged(text.owner, len(text.label))
+        row = views.crop.new_full(views.crop.shape[1:2], 1 / views.crop.shape[1])
+        solve = partial(transport.moved_ragged, row=row, columns=columns, max_iter=max_iter, tolerance=TOLERANCE)
+        return epsilon * _by_image(views, text, partial(solve, bound=2 / epsilon), 1 / epsilon) - 1
     solve = partial(_entropic, epsilon=epsilon, max_iter=max_iter, plans=False)
     return epsilon * _by_tile(views, text, solve, 1 / epsilon) - 1
 
@@ -110,7 +116,8 @@ def max_scores(views: Views, text: Text) -> Tensor:
 
     Args, Returns, Raises: as `scores`, which this bounds from above.
     """
-    return _by_tile(views, text, lambda cosine, column: (cosine.amax(0) * column[:, None]).sum(0)) - 1
+    columns = transport.Ragged(text.owner, len(text.label))
+    return _by_image(views, text, lambda cosine: columns.mean(cosine.amax(-1))) - 1
 
 
 def assignment_scores(views: Views, text: Text) -> Tensor:
@@ -155,7 +162,8 @@ def local_cache(views: Views, label: Tensor, text: Text) -> Cache:
     check_cropped(views)
     if len(label) != len(views.crop):
         raise ValueError(f"{len(views.crop)} images but {len(label)} labels: give one label an image")
-    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(text.label):
+    on_cpu = label.device.type == "cpu"  # elsewhere only the number of keys is waited for
+    if on_cpu and len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(text.label):
         raise ValueError(f"labels {int(label.min())} to {int(label.max())}, but text has {len(text.label)} classes")
     rows, mask = text.padded()  # (C, M, D), (C, M)
     best = torch.cat(
@@ -263,20 +271,23 @@ def stream(
         raise ValueError(f"zero_shot {tuple(zero_shot.shape)}, but there are {wanted}")
     log_p = (logit_scale * zero_shot.double()).log_softmax(1)
     entropy, pseudo = -(log_p.exp() * log_p).sum(1), zero_shot.argmax(1)
-    leave = torch.tensor(tip_adapter.queue(pseudo.tolist(), entropy.tolist(), capacity), device=zero_shot.device)
-    step = torch.arange(len(zero_shot), device=zero_shot.device)
-    queued = (leave > step).nonzero().flatten()
-    cache = local_cache(views.select(queued), pseudo[queued], text)
-    enter, leave = queued[cache.image], leave[queued][cache.image]  # (K,) steps between which a key is in
-
-    fused = []
-    for now, crop in zip(step.split(batch_size), views.crop.split(batch_size)):
-        seen = (enter <= now[-1]) & (leave > now[0])
-        held = (enter[seen, None] <= now) & (now < leave[seen, None])  # (K', b)
-        near = tip_adapter.affinity(crop.flatten(0, 1), cache.key[seen], beta).unflatten(1, crop.shape[:2]).mean(2)
-        said = tip_adapter.cache_logits(near * held, cache.label[seen], len(text.label))
-        fused.append(zero_shot[now] + alpha * said)
+    leave = tip_adapter.queue(pseudo, entropy, capacity)
+    times, fused = _times_chosen(views, pseudo, text), []
+    for now, crop in zip(torch.arange(len(leave), device=leave.device).split(batch_size), views.crop.split(batch_size)):
+        image, held = tip_adapter.present(leave, now, len(text.label) * capacity + batch_size)
+        key = views.crop[image].flatten(0, 1)  # all crops of an image, those that no description selects without weight
+        near = tip_adapter.affinity(crop.flatten(0, 1), key, beta).unflatten(1, crop.shape[:2]).mean(2)  # (K N, b)
+        weighted = near.unflatten(0, (len(image), -1)) * times[image][..., None] * held[:, None]
+        fused.append(zero_shot[now] + alpha * tip_adapter.cache_logits(weighted.sum(1), pseudo[image], len(text.label)))
     return torch.cat(fused)
+
+
+def _times_chosen(views: Views, label: Tensor, text: Text) -> Tensor:
+    """(B, N): of how many descriptions of its image's class each crop is the nearest, the keys of `local_cache`."""
+    rows, mask = text.padded()  # (C, M, D), (C, M)
+    parts = zip(views.crop.split(1024), label.split(1024))
+    best = torch.cat([torch.einsum("bnd,bmd->bmn", crop, rows[own]).argmax(-1) for crop, own in parts])  # (B, M)
+    return views.crop.new_zeros(views.crop.shape[:2]).scatter_add_(1, best, mask[label].to(views.crop))
 
 
 def _places(text: Text) -> tuple[Tensor, Tensor]:
@@ -285,7 +296,7 @@ def _places(text: Text) -> tuple[Tensor, Tensor]:
     """
     check_described(text)
     counts = text.counts
-    place = torch.arange(int(counts.max()), device=counts.device)[:, None]
+    place = torch.arange(text.widest, device=counts.device)[:, None]
     first = counts.cumsum(0) - counts
     return first + place.minimum(counts - 1), (place < counts) / counts.to(text.description)
 
@@ -318,6 +329,21 @@ def _by_tile(views: Views, text: Text, solve: Callable[[Tensor, Tensor], Tensor]
     return torch.cat([torch.cat([tile(crop, *block) for block in blocks], 1) for crop in rows])
 
 
+def _is_elsewhere(x: Tensor) -> bool:
+    """Not on a processor, where looking at who is done costs nothing."""
+    return x.device.type != "cpu" or transport.has_kernels(x.device)
+
+
+def _by_image(views: Views, text: Text, solve: Callable[[Tensor], Tensor], scale: float = 1.0) -> Tensor:
+    """(B, C) of all images, a few at a time: `solve` takes scale * cos (L, b, N) to (C, b); nothing is looked at."""
+    check_cropped(views)
+    check_described(text)
+    description, n = text.description * scale, views.crop.shape[1]
+    size = max(1, PAIRS["cpu" if views.crop.device.type == "cpu" else "device"] // (n * sum(description.shape)))
+    parts = views.crop.split(size)
+    return torch.cat([solve((description @ x.flatten(0, 1).T).unflatten(1, x.shape[:2])).T for x in parts])
+
+
 def _exact(cosine: Tensor, column: Tensor) -> Tensor:
     """Plans (N, M, b, c) without entropy."""
     cost, row = 1 - cosine.permute(2, 3, 0, 1), cosine.new_full((len(cosine),), 1 / len(cosine))
@@ -333,12 +359,16 @@ def _finite(epsilon: float) -> float:
 def _entropic(logit: Tensor, column: Tensor, epsilon: float, max_iter: int, plans: bool) -> Tensor:
     """Plans (N, M, b, c) or <plan, logit> (b, c): stacked where the kernel does not underflow, else one by one."""
     flat, images = logit.flatten(2), logit.shape[2]
-    if not logit.requires_grad and transport.fits(flat):
+    on_cpu = logit.device.type == "cpu"
+    if on_cpu and not logit.requires_grad and transport.fits(flat):
         found = transport.sinkhorn_stacked(flat, column.repeat(1, images), max_iter, TOLERANCE, plans)
         return found.unflatten(-1, logit.shape[2:])
     row = logit.new_full((len(logit),), 1 / len(logit))
-    cost = 1 - epsilon * logit.permute(2, 3, 0, 1).flatten(0, 1)
-    plan = _sinkhorn(cost, row, column.T.repeat(images, 1), epsilon, max_iter)
+    cost, column = 1 - epsilon * logit.permute(2, 3, 0, 1).flatten(0, 1), column.T.repeat(images, 1)
+    if on_cpu:
+        plan = _sinkhorn(cost, row, column, epsilon, max_iter)
+    else:
+        plan, _ = transport.sinkhorn(cost, row, column, epsilon, max_iter, TOLERANCE, bound=2.0)
     plan = plan.unflatten(0, logit.shape[2:]).permute(2, 3, 0, 1)
     return plan if plans else (plan * logit).sum((0, 1))
 

@@ -95,8 +95,8 @@ def scores(
     result = (1 - theta) * views.image @ columns.mean(text.description).T  # (16)
     for rows, crop, row in _pieces(views, text, crop_mass(views, selection=selection)):
         logit = _logit(description, crop)
-        plan, _ = transport.sinkhorn_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
-        result[rows] += epsilon * columns.sum((plan * logit).sum(-1)).T  # (15)
+        moved = transport.moved_ragged(logit, row, columns, max_iter, tolerance, bound=2 / epsilon)  # (11-14)
+        result[rows] += epsilon * moved.T  # (15)
     return result.float()
 
 
@@ -146,6 +146,67 @@ def plans(
         description, mask = description[label], mask[label]
     cost, column = 1 - crop @ description.mT, mask / mask.sum(-1, keepdim=True)
     return transport.sinkhorn(cost, row, column, epsilon, max_iter, tolerance, bound=2.0)[0]
+
+
+def exact_scores(views: Views, text: Text, *, theta: float = 0.8, selection: bool = True) -> Tensor:
+    """`scores` with the plan of least cost, without entropy: what epsilon = 0 would be, one problem after the other.
+
+    Args:
+        views: as in `scores`
+        text: as in `scores`
+        theta: as in `scores`
+        selection: as in `scores`
+
+    Returns:
+        (B, C) float32, larger is better
+
+    Source: LaZSL, eqs. 5-10, 15-17; the network simplex of POT.
+    """
+    _check(views, text)
+    crop, row = torch.lerp(views.image[:, None], views.crop, theta), crop_mass(views, selection=selection)
+    out = []
+    for c in range(len(text.label)):
+        sim = crop @ text.of(c).description.T  # (16)
+        plan = transport.exact(1 - sim, row, sim.new_full((sim.shape[-1],), 1 / sim.shape[-1]))  # (5)
+        out.append((plan * sim).sum((-2, -1)))  # (15)
+    return torch.stack(out, 1).float()
+
+
+def released_scores(
+    views: Views, text: Text, *, theta: float = 0.8, epsilon: float = 0.1, stop: float = 1e-2, max_iter: int = 100
+) -> tuple[Tensor, int]:
+    """`scores` with the stop rule of the released program, class after class, images together, each with its own stop.
+
+    Args:
+        views: as in `scores`
+        text: as in `scores`
+        theta: as in `scores`
+        epsilon: as in `scores`
+        stop: an image's problem is done when u has moved by less than this on average
+        max_iter: rounds at most
+
+    Returns:
+        (B, C) float32, and the rounds of the class that took most
+
+    Source: written from the description of the program's rule; eqs. 11-16.
+    """
+    _check(views, text)
+    crop, row = torch.lerp(views.image[:, None], views.crop, theta), crop_mass(views)
+    out, rounds = [], []
+    for c in range(len(text.label)):
+        sim = crop @ text.of(c).description.T  # (16)
+        kernel = ((sim - 1) / epsilon).exp()  # (14)
+        u, v = torch.ones_like(row), torch.ones_like(sim[:, 0])
+        running, count = torch.ones(len(row), dtype=torch.bool, device=row.device), 0
+        while running.any() and count < max_iter:
+            next_u = row / (kernel @ v[..., None])[..., 0]  # (12)
+            next_v = 1 / sim.shape[-1] / (kernel.mT @ next_u[..., None])[..., 0]  # (13)
+            moved = (next_u - u).abs().mean(1)
+            u, v = torch.where(running[:, None], next_u, u), torch.where(running[:, None], next_v, v)
+            running, count = running & (moved >= stop), count + 1
+        rounds.append(count)
+        out.append((u[:, :, None] * kernel * v[:, None] * sim).sum((-2, -1)))  # (11, 15)
+    return torch.stack(out, 1).float(), max(rounds)
 
 
 def crop_mass(views: Views, *, selection: bool = True) -> Tensor:

@@ -96,17 +96,9 @@ def _cache_logits(
     """(B, C): for every image the ballots (B, C) of those in the cache when it is answered, by likeness."""
     if not len(image):
         return ballot
-    step = torch.arange(len(image), device=image.device)
-    enter = step[admitted]
-    left = tip_adapter.queue(answer[admitted].tolist(), entropy[admitted].tolist(), capacity)
-    place = torch.tensor(left, dtype=torch.long, device=image.device)
-    ends = torch.cat([enter, step.new_tensor([len(image)])])[place]  # the step at which each one is out again
-    kept = ends > enter
-    enter, ends = enter[kept], ends[kept]
-    out = []
-    for now in step.split(BLOCK):
-        seen = (enter <= now[-1]) & (ends > now[0])
-        key, held = enter[seen], (enter[seen, None] <= now) & (now < ends[seen, None])
+    leave, out = tip_adapter.queue(answer, entropy, capacity, admitted), []
+    for now in torch.arange(len(image), device=image.device).split(BLOCK):
+        key, held = tip_adapter.present(leave, now, ballot.shape[1] * capacity + BLOCK)
         out.append((tip_adapter.affinity(image[now], image[key], beta) * held).T @ ballot[key])
     return torch.cat(out)
 

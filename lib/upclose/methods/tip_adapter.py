@@ -61,23 +61,28 @@ def shots(label: np.ndarray | Tensor, k: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *drawn]))
 
 
-def queue(answer: list[int], entropy: list[float], capacity: int) -> list[int]:
+def queue(answer: Tensor, entropy: Tensor, capacity: int, admitted: Tensor | None = None) -> Tensor:
     """When each image of a stream leaves its class's queue of the most certain ones.
 
     An image joins the queue of its answer while there is room, or in the place of the least certain one when its own
     entropy is lower; of equal entropies the youngest leaves first.
 
     Args:
-        answer: of n images, in the order in which they come
-        entropy: of their predictions
+        answer: (n,) int64, in the order in which the images come
+        entropy: (n,) of their predictions
         capacity: images that a class's queue holds
+        admitted: (n,) bool, the images that may join; None is all
 
     Returns:
-        n steps: n for those that stay to the end, its own step for an image that never joins
+        (n,) int64 steps: n for those that stay to the end, its own step for an image that never joins
     """
+    admitted = torch.ones_like(answer, dtype=torch.bool) if admitted is None else admitted
+    if answer.device.type != "cpu":
+        return _queue_by_rank(answer, entropy, capacity, admitted)
     queues = defaultdict(list)  # class -> heap of (-entropy, -step): the least certain first
     leave = list(range(len(answer)))
-    for step, (c, h) in enumerate(zip(answer, entropy)):
+    at = admitted.nonzero().flatten()
+    for step, c, h in zip(at.tolist(), answer[at].tolist(), entropy[at].tolist()):
         if len(queues[c]) < capacity:
             heappush(queues[c], (-h, -step))
         elif capacity and h < -queues[c][0][0]:
@@ -85,7 +90,43 @@ def queue(answer: list[int], entropy: list[float], capacity: int) -> list[int]:
         else:
             continue
         leave[step] = len(answer)
-    return leave
+    return torch.tensor(leave, dtype=torch.int64)
+
+
+def _queue_by_rank(answer: Tensor, entropy: Tensor, capacity: int, admitted: Tensor) -> Tensor:
+    """`queue` without a look at values: an image is out as soon as `capacity` of its class that go before it have come.
+
+    All pairs of images are compared, some rows at a time.
+    """
+    n = len(answer)
+    step, leave = torch.arange(n, device=answer.device), []
+    for i in step.split(max(1, CHUNK // max(1, n))):
+        h = entropy[i, None]
+        better = (entropy < h) | ((entropy == h) & (step < i[:, None]))
+        full = ((answer == answer[i, None]) & admitted & better).cumsum(1, dtype=torch.int32) >= capacity
+        first = torch.where(full[:, -1], full.to(torch.uint8).argmax(1), n)
+        leave.append(torch.where(admitted[i], first.maximum(i), i))
+    return torch.cat(leave) if leave else step
+
+
+def present(leave: Tensor, now: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The images that are in a queue at some of the steps `now`, which follow each other.
+
+    Args:
+        leave: (n,) from `queue`
+        now: (b,) steps
+        most: how many there can be; on a device, which is not asked for their number, others fill up
+
+    Returns:
+        (K,) int64 images, and (K, b) bool: whether each is in at each step
+    """
+    step = torch.arange(len(leave), device=leave.device)
+    seen = (step <= now[-1]) & (leave > now[0]) & (leave > step)
+    if seen.device.type == "cpu":
+        image = seen.nonzero().flatten()
+    else:
+        image = seen.to(torch.uint8).argsort(descending=True, stable=True)[:most]
+    return image, (image[:, None] <= now) & (now < leave[image, None])
 
 
 def affinity(image: Tensor, key: Tensor, beta: float) -> Tensor:

@@ -1,0 +1,95 @@
+"""The book: what its hooks do to docstrings and notebooks, and a build where the extra `site` is installed."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from upclose import paths
+
+pytest.importorskip("sphinx", reason="the extra `site` is not installed")
+pytest.importorskip("myst_nb", reason="the extra `site` is not installed")
+pytestmark = pytest.mark.xdist_group("site")  # which is built once
+PAGES = ("index", "00_start_here", "02_lazsl", "guide", "pages/what_holds", "generated/lgca", "reference/upclose.crops")
+
+
+@pytest.fixture(scope="module")
+def conf():
+    spec = importlib.util.spec_from_file_location("conf", paths.NOTEBOOKS / "conf.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_source_and_deviates_are_fields_and_legends_keep_their_columns(conf):
+    lines = ["A method.", "", "    f  (B, D)  image", "    y  (C, D)  label", "", "Source: a paper,", "eq. 4."]
+    conf.docstring(None, "module", "upclose.transport", None, None, lines)
+    text = "\n".join(lines)
+    assert "::\n\n    f  (B, D)  image\n    y  (C, D)  label" in text
+    assert ":Source: a paper, eq. 4." in text
+
+
+def test_a_list_stands_alone(conf):
+    lines = ["It is silent about", "- alpha: 0.9,", "  which is large;", "- beta.", "As there."]
+    assert conf._lists(lines) == [
+        "It is silent about", "", "- alpha: 0.9,", "  which is large;", "- beta.", "", "As there.",
+    ]  # fmt: skip
+
+
+def test_a_notebook_with_an_error_in_its_outputs_stops_the_build(conf, tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    error = {"output_type": "error", "ename": "ValueError"}
+    (tmp_path / "notebooks" / "bad.ipynb").write_text(json.dumps({"cells": [{}, {"outputs": [error]}]}))
+    monkeypatch.setattr(conf, "ROOT", tmp_path)
+    with pytest.raises(conf.ExtensionError, match=r"bad\.ipynb, cell 1: its output is an error, ValueError"):
+        conf.check_outputs(SimpleNamespace())
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site") / "site"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", out.parent / "trees", "-b", "html"]
+    done = subprocess.run([*command, paths.NOTEBOOKS, out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def test_the_book_is_whole_small_and_asks_no_other_host(site):
+    assert all((site / f"{page}.html").is_file() for page in (*PAGES, "search"))
+    asked = re.compile(
+        r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"https?://(?!arxiv)[^\"]+\.(?:js|css|woff2?|png)"
+    )
+    assert not [page.name for page in site.rglob("*.html") if asked.search(page.read_text(encoding="utf-8"))]
+    assert sum(file.stat().st_size for file in site.rglob("*") if file.is_file()) < 60 * 2**20
+    page = (site / "02_lazsl.html").read_text(encoding="utf-8")
+    needed = set(re.findall(r'(?:src|href)="([^":#?]+\.(?:png|jpg|css|js))', (site / "index.html").read_text()))
+    assert sum((site / name).stat().st_size for name in needed if (site / name).is_file()) < 3 * 2**19 + 4 * 2**20
+    assert not re.search(r'<img[^>]*alt=""', page.split("<article")[1])
+    assert "guide.html#term-epsilon" in page
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_pass_axe_and_fit_a_telephone(site, page):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    axe = pytest.importorskip("axe_core_python.selenium")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=500,900"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    browser.set_script_timeout(300)
+    try:
+        browser.get((site / f"{page}.html").as_uri())
+        found = axe.Axe().run(browser)["violations"]
+        serious = {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}
+        assert not serious
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth + 1")
+    finally:
+        browser.quit()
