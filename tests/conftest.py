@@ -1,3 +1,6 @@
+import shutil
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Random tests are the same every time; `make test-all` tries more examples.
@@ -11,3 +14,19 @@ settings.register_profile(
 )
 settings.register_profile("many", settings.get_profile("few"), max_examples=500)
 settings.load_profile("few")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's chromium, driven by selenium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_script_timeout(300)
+    yield driver
+    driver.quit()
