@@ -7,7 +7,7 @@ NUMBERED := $(sort $(wildcard notebooks/0*.ipynb))
 OTHERS := $(sort $(wildcard notebooks/ablations/*.ipynb notebooks/complexity/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce ablations test test-all bench site lint lab clean
+.PHONY: help reproduce ablations test test-all bench site slides lint lab clean
 
 help:  ## this page
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ bench: $(VENV)/.ready  ## benchmarks, as ratios measured in one run
 site: $(VENV)/.site  ## the book, into site/, from the notebooks as they are committed
 	$(BIN)/python -m sphinx -q -W --keep-going -d .doctrees -b html notebooks site
 	$(BIN)/python -m upclose.explorer site/explorer
+
+slides: site  ## the numbered notebooks as slides, into site/slides/
+	$(BIN)/python notebooks/slides.py site/slides
 
 $(VENV)/.site: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[cluster,dev,notebooks,site]'

@@ -49,6 +49,48 @@ def test_a_notebook_with_an_error_in_its_outputs_stops_the_build(conf, tmp_path,
 
 
 @pytest.fixture(scope="module")
+def deck():
+    spec = importlib.util.spec_from_file_location("deck", paths.NOTEBOOKS / "slides.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_a_slide_is_a_section_with_its_equation_and_its_first_figure(deck):
+    cells = [
+        {"cell_type": "markdown", "source": "# T\n\nOne. Two.\n\n## 1. A <b>\n\nWhy $x<y$ *so*.\n\n$$ s = 1 $$"},
+        {"cell_type": "code", "source": "", "outputs": [{"data": {}}, {"data": {"image/png": "AAA"}}]},
+        {"cell_type": "code", "source": "", "outputs": [{"data": {"image/png": "CCC"}}]},
+        {"cell_type": "markdown", "source": "## Exercises\n\n1. Do."},
+    ]  # fmt: skip
+    first, second = deck.slides(cells)
+    assert first == ("T", "One. Two.", "")
+    assert second == ("1. A <b>", "Why $x<y$ *so*.\n\n$$ s = 1 $$", "data:image/png;base64,AAA")
+    page = deck.page("n", cells)
+    assert "1. A &lt;b&gt;" in page
+    assert "$x&lt;y$ <em>so</em>" in page
+
+
+def test_a_long_text_ends_with_a_sentence(deck):
+    text = " ".join(f"Sentence {k} has five words." for k in range(40))
+    short = deck.shorten(text)
+    assert short.endswith("words.")
+    assert len(short.split()) <= deck.WORDS
+
+
+@pytest.mark.browser
+def test_slides_fit_the_screen(browser, deck, tmp_path):
+    deck.main(tmp_path)
+    browser.set_window_size(1280, 860)
+    for file in sorted(tmp_path.glob("*.html")):
+        browser.get(file.as_uri())
+        sizes = browser.execute_script(
+            "return [...document.querySelectorAll('section')].map((s) => [s.scrollHeight, s.clientHeight])"
+        )
+        assert 5 <= len(sizes) <= deck.MOST, file.name
+        assert all(needed <= there + 1 for needed, there in sizes), (file.name, sizes)
+
+
+@pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site") / "site"
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", out.parent / "trees", "-b", "html"]
