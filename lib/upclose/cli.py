@@ -143,7 +143,8 @@ def _explain(options: argparse.Namespace) -> int:
 
     classes, pixels = prompts.read(options.classes), images.load_image(options.picture)
     encoder = encode.load(options.backbone, options.pretrained, options.device)
-    case = explorer.explain(encoder, pixels, options.picture.name, classes, method=options.method)
+    chosen = {"method": options.method} if options.method else {}
+    case = explorer.explain(encoder, pixels, options.picture.name, classes, **chosen)
     print(case.facts["why"])
     print(f"page: {explorer.write(options.out, [case])}")
     return 0
@@ -262,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="a page that shows what the methods match in a picture of yours")
     explain.add_argument("picture", type=Path)
     explain.add_argument("--classes", type=Path, required=True, help="JSON, {class: [sentences]}")
-    explain.add_argument("--method", default="LaZSL", help="that chooses the two classes shown (default LaZSL)")
+    explain.add_argument("--method", help="that chooses the two classes shown")
     explain.add_argument("--backbone", default="birdlets-tiny")
     explain.add_argument("--pretrained")
     explain.add_argument("--device")

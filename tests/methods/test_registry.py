@@ -1,5 +1,6 @@
 """What the registry says of a method is what the method does."""
 
+import ast
 import re
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from upclose import compare, methods, prompts
+from upclose import compare, methods, paths, prompts
 from upclose.features import Ladder, Text, Views
 from upclose.methods import REGISTRY
 
@@ -72,6 +73,16 @@ def test_every_printed_row_that_is_not_cited_only_is_a_methods():
     account = compare.account(compare.published().assign(dataset="none"))
     ours = set(account[account.account != "cited only"].method)
     assert {row for row in ours if methods.find(row) is None} == set()
+
+
+OFFICE = ("params", "doctor", "compare", "plots", "run", "report", "cli", "record", "metrics", "claims")
+
+
+@pytest.mark.parametrize("module", OFFICE)
+def test_the_office_names_no_method(module):
+    tree = ast.parse((paths.PACKAGE / f"{module}.py").read_text())
+    said = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert not said & set(REGISTRY)
 
 
 def test_a_row_is_found_by_name_by_what_it_is_a_part_of_and_by_its_beginning():
