@@ -3,11 +3,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 NBVAL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg -n 2 --dist loadscope
+WORKERS ?= $(if $(filter cuda%,$(DEVICE)),7,2)
 NUMBERED := $(sort $(wildcard notebooks/0*.ipynb))
 OTHERS := $(sort $(wildcard notebooks/ablations/*.ipynb notebooks/complexity/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce ablations test test-all bench site slides lint lab clean
+.PHONY: help reproduce ablations test test-all bench bench-gpu site slides lint lab clean
 
 help:  ## this page
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,8 +25,8 @@ $(VENV)/.ready: pyproject.toml Makefile
 	$(BIN)/python -m pip install -q -e '.[cluster,dev,notebooks]'
 	@touch $@
 
-reproduce: $(VENV)/.ready  ## run the numbered notebooks on Birdlets into results/<date>/
-	$(BIN)/upclose run --workers 2 $(NUMBERED:notebooks/%.ipynb=params/birdlets/%.yaml)
+reproduce: $(VENV)/.ready  ## run the numbered notebooks on Birdlets into results/<date>/ (DEVICE=cuda: on a GPU)
+	$(BIN)/upclose run --workers $(WORKERS) $(addprefix -p device=,$(DEVICE)) $(NUMBERED:notebooks/%.ipynb=params/birdlets/%.yaml)
 
 ablations: $(VENV)/.ready  ## run the ablation and complexity notebooks
 	$(BIN)/upclose run --workers 2 $(OTHERS:notebooks/%.ipynb=params/birdlets/%.yaml)
@@ -43,7 +44,10 @@ test-all: test  ## the same, the slow tests, and nbval over solutions and ablati
 	$(NBVAL) notebooks/solutions $(OTHERS)
 
 bench: $(VENV)/.ready  ## benchmarks, as ratios measured in one run
-	@for file in tests/benchmarks/bench_*.py; do echo; echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out %/bench_gpu.py,$(wildcard tests/benchmarks/bench_*.py)); do echo; echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-gpu: $(VENV)/.ready  ## the core on a GPU, each measure beside its limit, into results/benchmarks-gpu.md
+	$(BIN)/python tests/benchmarks/bench_gpu.py
 
 site: $(VENV)/.site  ## the book, into site/, from the notebooks as they are committed
 	$(BIN)/python -m sphinx -q -W --keep-going -d .doctrees -b html notebooks site

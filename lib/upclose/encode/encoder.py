@@ -413,7 +413,7 @@ class Encoder:
             before = self._clock.now(self.device)
             part = owner[start:stop]
             x = crops.cut(pictures[part[0] : part[-1] + 1], part - part[0], view[start:stop], *facts)
-            if whole_batches and (short := (self._fits or self.batch_size) - len(x)) > 0:
+            if (whole_batches or compile) and (short := (self._fits or self.batch_size) - len(x)) > 0:
                 x = torch.cat([x, x.new_zeros(short, *x.shape[1:])])
             between = self._clock.now(self.device)
             found = self._features(x, cls, compile)
