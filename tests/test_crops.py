@@ -504,19 +504,6 @@ def test_no_tensor_is_left_on_another_device_and_nothing_is_read_back(monkeypatc
         assert ladder.device.type == "cuda"
 
 
-@pytest.mark.gpu
-def test_on_a_gpu():
-    image = picture(300, 400)
-    box = torch.cat([awkward_boxes(300, 400), crops.sample_boxes(300, 400, 50)])
-    device = image.cuda(), box.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ours = crops.extract(*device, 224, torch.uint8)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert (ours.cpu().int() - pil_crops(image, box, 224)).abs().max() <= 2
-
-
 @pytest.mark.parametrize("sampler", [crops.sample_boxes, crops.sample_area_boxes])
 def test_positions_are_uniform_and_independent(sampler):
     box = sampler(400, 600, 20_000)

@@ -321,3 +321,38 @@ print("compiled")
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "compiled", done.stderr
+
+
+# the benchmark, as far as it goes without a GPU
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    return pytest.importorskip("bench_gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_says_that_there_is_no_gpu(bench):
+    with pytest.raises(SystemExit, match="torch finds none here: nothing was measured"):
+        bench.main()
+
+
+@pytest.mark.slow
+def test_every_measure_of_the_benchmark_runs(bench, monkeypatch, tmp_path, capsys):
+    """On the CPU, with birdlets-tiny in place of the backbones and a handful of everything."""
+    load = encode.load
+    sizes = dict(DEVICE="cpu", SIDE=48, CROPS=2, SHARES={"ViT-B-32": (0.9, 0.9)}, FILES={"ViT-B-32": 64}, PHOTOGRAPHS=4)
+    sizes |= dict(SHARD=32, ACCURACY=16, CLASSES=(5, 10), SCORED={5: 4, 10: 4}, SWEPT=64, ADAPTED=8, LAST_START=3600)
+    for name, value in sizes.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(
+        bench.encode, "load", lambda *_, precision="fp32", **__: load("birdlets-tiny", None, "cpu", precision)
+    )
+    monkeypatch.setattr(bench, "seconds", lambda function, **_: (function(), 1.0)[1])
+    monkeypatch.setattr(bench.paths, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    bench.main()
+    page = (tmp_path / "results" / "benchmarks-gpu.md").read_text()
+    assert page.count("\n| ") == 19 + 2
+    assert "Not measured" not in page

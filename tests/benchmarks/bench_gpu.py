@@ -5,6 +5,7 @@ The limit of encoding is the best rate of the encoder on ready tensors, compiled
 """
 
 import copy
+import os
 import platform
 import statistics
 import sys
@@ -297,7 +298,7 @@ def main():
         sys.exit("bench_gpu measures on a CUDA GPU, and torch finds none here: nothing was measured")
     table = Table()
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor()
-    facts = f"{card}, torch {torch.__version__}, {torch.get_num_threads()} cores, {time.strftime('%Y-%m-%d')}"
+    facts = f"{card}, torch {torch.__version__}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}"
     print(facts)
     print(" | ".join(("   s", *table.head)))
     cutting(table, rates_of_the_card(table))
