@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from upclose import compare, crops, encode, seeds
 from upclose.encode import sources, tiny
 from upclose.features import Text, Views
-from upclose.methods import clip, fair, wca
+from upclose.methods import augment, clip, fair, wca
 
 SIDE, DIM, WIDTH = 32, 16, 32
 
@@ -254,6 +254,44 @@ def test_strong_views_depend_on_seed_epoch_and_key_alone(encoder):
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (encoder.mean, encoder.std))
     plain = fair._strong_views(pictures.pixels[:1], ["a"], resize, 0, encoder)[0]
     assert torch.allclose(plain, (resize(pictures.load(0)).float() / 255 - mean) / std, atol=1e-5)
+
+
+def test_strong_views_of_a_device_are_made_at_once_and_normalised(encoder):
+    pictures = Pictures(3)
+    found = fair._strong_views(pictures.pixels, pictures.key, None, 5, encoder)
+    pixels = augment.views(pictures.pixels, pictures.key, SIDE, 5, encoder.device)
+    expected = v2.functional.normalize(pixels.float() / 255, list(encoder.mean), list(encoder.std))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("room", "loads"), [(0, [0, 1, 2, 0, 1, 2]), (10**6, [0, 1, 2, 2]), (6000, [0, 1, 2, 1, 2])])
+def test_pictures_are_kept_while_there_is_room(room, loads):
+    dataset, seen = Pictures(3), []
+    pixels = dataset.pixels
+
+    def load(i):
+        seen.append(i)
+        if i == 2:
+            raise ValueError("torn")
+        return pixels[i]
+
+    dataset.load = load
+    read = fair._reader(dataset, room)
+    for _ in range(2):
+        found, lost = read(torch.arange(3))
+        assert [found[i] is pixels[i] for i in (0, 1)] == [True, True]
+        assert list(lost) == [2]
+    assert seen == loads
+
+
+@pytest.mark.parametrize("readers", [1, 3, 9])
+def test_batches_come_in_order_however_many_threads_read(readers):
+    dataset = Pictures(7)
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    found = list(fair._batches(dataset, order, 2, fair._reader(dataset), readers))
+    assert torch.equal(torch.cat([index for index, _ in found]), order)
+    for index, pictures in found:
+        assert all(x is dataset.pixels[i] for i, x in zip(index.tolist(), pictures))
 
 
 def test_strong_views_are_cropped_mirrored_and_changed_in_colour():

@@ -23,11 +23,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, log_softmax, nll_loss, normalize
@@ -36,7 +39,7 @@ from torchvision.transforms import v2
 from upclose import checkpoint, crops, seeds
 from upclose.checkpoint import State
 from upclose.features import Dataset, Text, Views
-from upclose.methods import wca
+from upclose.methods import augment, wca
 from upclose.methods.entry import Method
 from upclose.methods.tuning import Tuning, tune
 
@@ -47,6 +50,7 @@ CHOICES = {
     "pseudo_weight": ("gap", "top", "none"),
     "gamma": ("raw", "batch"),
 }
+READERS = 16  # threads at most that load pictures for a device
 FIXED = {"descriptions": wca.class_means, "mean": Text.mean}
 
 
@@ -316,15 +320,18 @@ def adapt(
 
     The encoder that is given stays as it is; a copy of its image tower is adapted, and the text tower, which FAIR no
     longer needs, is shared. A data set of training images is the inductive setting, one of test images the
-    transductive. On a CPU the same arguments give the same result, whether a run was interrupted or not.
+    transductive. On a CPU the same arguments give the same result, whether a run was interrupted or not. On a GPU
+    nothing waits for the device within an epoch.
 
     Args:
         encoder: `encode.load(...)`, in fp32 or bf16; on its device
-        dataset: the unlabelled images, loaded anew each epoch, the next batch by a thread while the encoder works. One
-            that cannot be read is left out with a warning that names it
+        dataset: the unlabelled images, loaded anew each epoch, the next batch by a thread while the encoder works; for
+            a GPU by more threads, which keep as many as half of the free memory holds. One that cannot be read is left
+            out with a warning that names it
         text: of its C >= 2 classes; the descriptions make Z*
         settings: the paper's, or one of `rows`
         strong: A(x), uint8 (3, H, W) -> (3, S, S), random by torch's global generator; None is `strong_augmentation`
+            on a processor, and on a GPU `augment.views`, the same for whole batches from draws of its own
         pseudo_label: labels from elsewhere, (b,) int64 indices of images -> (b,) int64; nothing is then computed
             without gradient, and gamma is 1
         state: what `on_epoch` was given last; training goes on from there
@@ -377,8 +384,15 @@ def adapt(
     optimizer = torch.optim.AdamW(trained.values(), settings.learning_rate, weight_decay=settings.weight_decay)
     fixed = None if settings.classifier == "anchors" else FIXED[settings.classifier](text).to(device)
 
+    scale = encoder.logit_scale if settings.logit_scale is None else settings.logit_scale  # asked of a device once
+
     run = _run(encoder, dataset, text, *settings, strong is None, pseudo_label is None)
-    strong = strong or strong_augmentation(encoder.image_size)
+    readers, read = 1, _reader(dataset)
+    if device.type == "cpu":
+        strong = strong or strong_augmentation(encoder.image_size)
+    else:
+        readers = min(READERS, os.cpu_count() or 1)
+        read = _reader(dataset, psutil.virtual_memory().available // 2)
     log_average, history = torch.full((classes,), -math.log(classes), device=device), _no_history(len(dataset))
     if state is not None:
         log_average, history = _resume(state, run, trained, optimizer)
@@ -386,7 +400,7 @@ def adapt(
     for epoch in range(len(history.fairness), settings.epochs):
         order = torch.from_numpy(seeds.rng(settings.seed, "order", epoch).permutation(len(dataset)))
         batches = []
-        for step, (index, pictures) in enumerate(_batches(dataset, order, settings.batch_size)):
+        for step, (index, pictures) in enumerate(_batches(dataset, order, settings.batch_size, read, readers)):
             if not pictures:
                 continue
             keys = [dataset.key[i] for i in index.tolist()]
@@ -395,12 +409,12 @@ def adapt(
                 psi = _teach(teacher, pictures, keys, classifier, seeds.derive(settings.seed, "weak", epoch), settings)
                 label, weight = psi.argmax(-1), pseudo_label_weights(psi, form=settings.pseudo_weight)
             else:
-                label = _given(pseudo_label, index, classes).to(device)
+                label = _given(pseudo_label, index, classes).to(device, non_blocking=True)
                 weight = torch.ones(len(index), device=device)
             x = _strong_views(pictures, keys, strong, seeds.derive(settings.seed, "strong", epoch), student)
             done = (epoch * steps + step) / (settings.epochs * steps)
             optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
-            log_average, losses = _descend(student, anchors, optimizer, x, label, weight, log_average, settings)
+            log_average, losses = _descend(student, anchors, optimizer, x, label, weight, log_average, settings, scale)
             batches.append((index, label, weight, losses))
         history = _extend(history, batches)
         if on_epoch is not None:
@@ -410,14 +424,21 @@ def adapt(
 
 
 def _descend(
-    student, anchors: Tensor, optimizer, x: Tensor, label: Tensor, weight: Tensor, log_average: Tensor, settings
+    student,
+    anchors: Tensor,
+    optimizer,
+    x: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    log_average: Tensor,
+    settings: Settings,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """One step: lines 26-30 of Algorithm 1 for strong views x (B, 3, S, S). Nothing is read back from the device.
 
     Returns:
         log p_bar (C,) after the batch, and (2,): L_st and L_reg
     """
-    scale = student.logit_scale if settings.logit_scale is None else settings.logit_scale
     log_p = log_softmax(scale * student.features(x) @ normalize(anchors, dim=-1).mT, dim=-1)
     log_average = moving_average(log_average, log_p, settings.momentum)
     gamma = weight / weight.mean().clamp_min(1e-30) if settings.gamma == "batch" else weight
@@ -436,25 +457,46 @@ def _copy(encoder):
     return copy.deepcopy(encoder, {id(part): part for part in parts})
 
 
-def _batches(dataset: Dataset, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Indices and pictures of an epoch's batches; a thread reads a batch while the one before it is used."""
+Read = Callable[[Tensor], tuple[dict[int, Tensor], dict[int, Exception]]]
+
+
+def _reader(dataset: Dataset, room: int = 0) -> Read:
+    """What loads pictures by their indices: those that can be read, and what is wrong with the others.
+
+    Up to `room` bytes of them are kept for the next epochs.
+    """
+    kept: dict[int, Tensor] = {}
 
     def read(index: Tensor) -> tuple[dict[int, Tensor], dict[int, Exception]]:
+        nonlocal room
         found, lost = {}, {}
         for i in index.tolist():
-            try:
-                found[i] = dataset.load(i)
-            except ValueError as error:  # a damaged picture; what a disk does wrong ends the run
-                lost[i] = error
+            picture = kept.get(i)
+            if picture is None:
+                try:
+                    picture = dataset.load(i)
+                except ValueError as error:  # a damaged picture; what a disk does wrong ends the run
+                    lost[i] = error
+                    continue
+                if picture.numel() <= room:
+                    kept[i], room = picture, room - picture.numel()
+            found[i] = picture
         return found, lost
 
+    return read
+
+
+def _batches(
+    dataset: Dataset, order: Tensor, batch_size: int, read: Read, readers: int = 1
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Indices and pictures of an epoch's batches; each of the readers, threads, is a batch ahead of what is used."""
     batches = order.split(batch_size)
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read, batches[0])
-        for following in (*batches[1:], None):
-            found, lost = ahead.result()
+    with ThreadPoolExecutor(readers) as reader:
+        ahead = deque(reader.submit(read, index) for index in batches[:readers])
+        for following in (*batches[readers:], *[None] * len(ahead)):
+            found, lost = ahead.popleft().result()
             if following is not None:
-                ahead = reader.submit(read, following)
+                ahead.append(reader.submit(read, following))
             for i, error in lost.items():
                 warnings.warn(f"{dataset.key[i]} cannot be read ({error}) and is left out", stacklevel=3)
             yield torch.tensor(list(found)), list(found.values())
@@ -498,7 +540,11 @@ def weak_boxes(height: int, width: int, n: int, scale: tuple[float, float], seed
 
 
 def _strong_views(pictures, keys, strong, seed, encoder) -> Tensor:
-    """A(x) of a batch, normalised (B, 3, S, S) on the encoder's device."""
+    """A(x) of a batch, normalised (B, 3, S, S) on the encoder's device; without `strong` all are made there at once."""
+    if strong is None:
+        x = augment.views(pictures, keys, encoder.image_size, seed, encoder.device)
+        facts = zip(x.unbind(1), encoder.mean, encoder.std)
+        return torch.stack([(channel / 255 - mean) / std for channel, mean, std in facts], 1)
     views = []
     with torch.random.fork_rng(devices=[]):
         for picture, key in zip(pictures, keys):
