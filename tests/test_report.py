@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from upclose import paths, report
+from upclose import metrics, paths, report
 
 FACTS = {"notebook": "01_lgca.ipynb", "commit": "c" * 40, "dirty": True, "seconds": 12.3, "peak_memory_bytes": 2**30}
 METRICS = {"paper": "LGCA", "method": ["CLIP", "<b>WCA</b>"], "value": [25.6667, 30.0], "std": ["", 0.5], "n": 300}
@@ -101,7 +101,7 @@ def test_a_damaged_run_hides_no_other(day):
     (day / "d-folder" / "run.json").mkdir(parents=True)
     page = report.write(day).read_text()
     table = rows(page, 0)
-    assert [row[2].split(":")[0] for row in table[1:]] == ["complete", "damaged", "damaged", "damaged"]
+    assert [row[2].split(":")[0] for row in table[1:]] == ["complete", *["damaged"] * 4]
     assert "C1" in page
     report.refresh(day.parent)
 
@@ -121,3 +121,34 @@ def test_a_fact_that_was_changed_is_named(tmp_path, what, instead):
     assert "cannot be read" in paths.damage(tmp_path)
     (tmp_path / "run.json").write_text('{"seconds": 12.5}')  # an earlier release's lists nothing
     assert paths.damage(tmp_path) == ""
+
+
+MEASURED = ",".join(metrics.COLUMNS) + "\nLGCA,Table 1,CLIP,cub,ViT-B/32,zero-shot,top1,50.0,,10,fine\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("metrics.csv", b"paper,table\nLGCA,Table 1\n", "metrics.csv has no column"),
+        ("metrics.csv", MEASURED.replace("50.0", "fifty").encode(), "a value that is no number"),
+        ("metrics.csv", MEASURED.replace("CLIP", "M\xf6we").encode("latin-1"), "utf-8"),
+        ("metrics.csv", b"", "No columns"),
+        ("metrics.csv", None, "Is a directory"),
+        ("run.json", None, "run.json cannot be read"),
+        ("run.json", b"[]", "run.json cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_of_an_old_run_is_named_and_hides_no_other(tmp_path, file, content, why):
+    for name in ("fine", "damaged"):
+        folder = tmp_path / "2026-01-01" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(MEASURED)
+        (folder / "run.json").write_text(json.dumps(FACTS))
+    (folder / file).unlink()
+    (folder / file).mkdir() if content is None else (folder / file).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"damaged is left out: .*{why}"):
+        assert report.collect(tmp_path).method.tolist() == ["CLIP"]
+    report.refresh(tmp_path)
+    page = (tmp_path / "2026-01-01" / "index.html").read_text()
+    assert "50.0" in page
+    assert '<h2 id="damaged">' in page

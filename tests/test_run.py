@@ -555,3 +555,9 @@ def test_results_that_are_removed_while_a_run_writes_are_its_failure_alone(tmp_p
     assert outcome.status == "failed"
     assert "is gone, somebody removed it while it ran" in outcome.error
     assert run.summary([outcome]).status[0] == "failed"
+
+
+def test_the_summary_says_what_of_an_old_run_is_damaged(tmp_path):
+    (tmp_path / "claims.csv").write_text("claim,text\nC1,a\n")
+    (line,) = run.summary([run.Outcome(params.Job("old", tmp_path, {}), "complete", tmp_path)]).to_dict("records")
+    assert line["status"] == "complete, damaged: 'verdict'"

@@ -36,7 +36,7 @@ def verdicts(folder: Path) -> dict[str, int | str]:
     """How many of a run's claims hold, are undecided and fail; "" where it makes none."""
     if not (file := folder / "claims.csv").exists():
         return dict.fromkeys(VERDICTS, "")
-    found = pd.read_csv(file, keep_default_na=False).verdict
+    found = pd.read_csv(file, keep_default_na=False)["verdict"]
     return {verdict: int((found == verdict).sum()) for verdict in VERDICTS}
 
 
@@ -101,12 +101,13 @@ def _run(folder: Path, facts: dict) -> str:
 
 
 def _runs(day: Path) -> list[Path]:
-    return sorted(file.parent for file in day.glob("[!.]*/run.json") if file.is_file())
+    return sorted(file.parent for file in day.glob("[!.]*/run.json"))
 
 
 def _stamp(day: Path) -> str:
     """What a page of these runs carries, so that an older one is known."""
-    return hashlib.sha256(b"".join((run / "run.json").read_bytes() for run in _runs(day))).hexdigest()[:16]
+    facts = [file.read_bytes() for run in _runs(day) if (file := run / "run.json").is_file()]
+    return hashlib.sha256(b"".join(facts)).hexdigest()[:16]
 
 
 def write(day: Path) -> Path:
@@ -159,13 +160,32 @@ def collect(root: Path) -> pd.DataFrame:
         FileNotFoundError: there is none
     """
     runs = sorted(root.glob("*/[!.]*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
-    for file in list(runs):
-        if why := paths.damage(file.parent):
-            warnings.warn(f"{file.parent} is left out: {why}", stacklevel=2)
-            runs.remove(file)
-    if not (tables := [file.with_name("metrics.csv") for file in runs if file.with_name("metrics.csv").is_file()]):
+    tables = []
+    for run in (file.parent for file in runs):
+        try:
+            if why := paths.damage(run):
+                raise ValueError(why)
+            if (file := run / "metrics.csv").exists():
+                tables.append(_measured(file))
+        except (OSError, ValueError) as error:  # one damaged run hides no other
+            warnings.warn(f"{run} is left out: {error}", stacklevel=2)
+    if not tables:
         raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
-    return pd.concat([compare.read(file) for file in tables], ignore_index=True)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _measured(file: Path) -> pd.DataFrame:
+    """A run's `metrics.csv`.
+
+    Raises:
+        ValueError: a column is missing, or a value is no number
+    """
+    frame = compare.read(file)
+    if lost := {*compare.KEYS, "value", "std", "n", "run"} - set(frame):
+        raise ValueError(f"{file.name} has no column {sorted(lost)[0]!r}")
+    if frame.value.isna().any():
+        raise ValueError(f"{file.name} has a value that is no number")
+    return frame
 
 
 def tables(measured: pd.DataFrame, folder: Path) -> list[Path]:

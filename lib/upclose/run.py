@@ -392,15 +392,13 @@ def summary(outcomes: list[Outcome]) -> pd.DataFrame:
     """A line a run: status, seconds, rows of metrics, verdicts of its claims and where it is."""
     rows = []
     for outcome in outcomes:
-        metrics = outcome.folder / "metrics.csv"
-        rows.append(
-            {
-                "run": outcome.job.name,
-                "status": outcome.status,
-                "seconds": f"{outcome.seconds:.0f}" if outcome.seconds else "",
-                "metrics": len(pd.read_csv(metrics)) if metrics.exists() else 0,
-                **report.verdicts(outcome.folder),
-                "folder": os.path.relpath(outcome.folder),
-            }
-        )
+        metrics, status = outcome.folder / "metrics.csv", outcome.status
+        try:
+            measured = {"metrics": len(pd.read_csv(metrics)) if metrics.exists() else 0}
+            measured |= report.verdicts(outcome.folder)
+        except (OSError, ValueError, KeyError) as error:  # of an old run that lists no checksums
+            status, measured = f"{status}, damaged: {error}", {}
+        seconds = f"{outcome.seconds:.0f}" if outcome.seconds else ""
+        where = os.path.relpath(outcome.folder)
+        rows.append({"run": outcome.job.name, "status": status, "seconds": seconds, **measured, "folder": where})
     return pd.DataFrame(rows)
