@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from upclose import seeds
+from upclose import measure, seeds
 from upclose.features import Text, Views
 from upclose.methods import clip, transclip
 
@@ -136,3 +136,11 @@ def test_what_is_refused():
         transclip.scores(f, t, start=torch.ones(5, 2))
     with pytest.raises(ValueError, match="25 of the start's scores are not finite"):
         transclip.scores(f, t, start=torch.full((5, 5), torch.nan))
+
+
+def test_memory_is_a_handful_of_assignments(monkeypatch):
+    """Neither all cosines (4 MiB here) nor differences to the centres (18 MiB) are held at once."""
+    monkeypatch.setattr(transclip, "BLOCK_BYTES", 2**18)
+    f, t, _ = world(1_000, classes=150, dim=32, dtype=torch.float32)
+    held = measure.peak_memory(lambda: transclip.scores(f, t, iterations=1), torch.device("cpu"))
+    assert held < 8 * f.shape[0] * t.shape[0] * 4 / 2**20
