@@ -354,5 +354,5 @@ def test_every_measure_of_the_benchmark_runs(bench, monkeypatch, tmp_path, capsy
     (tmp_path / "results").mkdir()
     bench.main()
     page = (tmp_path / "results" / "benchmarks-gpu.md").read_text()
-    assert page.count("\n| ") == 19 + 2
+    assert page.count("\n| ") == 20 + 2
     assert "Not measured" not in page

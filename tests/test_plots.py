@@ -107,3 +107,12 @@ def test_a_plan_has_a_row_a_crop_and_a_column_an_attribute(ax):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["beak", "cap", "legs"]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["head", "wing"]
     assert [text.get_text() for text in ax.texts] == ["0.10", "0.40", "0.00", "0.20", "0.00", "0.30"]
+
+
+def test_a_dollar_in_a_name_is_a_dollar():
+    figure, axes = plt.subplots(1, 2)
+    name = r"$5 \input{x} $6"
+    plots.picture(axes[0], np.zeros((3, 8, 8), np.uint8), {name: (0, 0, 4, 4)}, title=name)
+    plots.plan(axes[1], np.eye(2), [name, "b"], ["a", name], title=name)
+    figure.canvas.draw()
+    plt.close(figure)

@@ -57,7 +57,8 @@ def picture(
         colour: of the boxes
     """
     ax.imshow(np.moveaxis(np.asarray(pixels), 0, -1))
-    ax.set(xticks=[], yticks=[], title=title)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, parse_math=False)  # a "$" in a name is a dollar
     ax.grid(False)
     names = list(boxes) if isinstance(boxes, Mapping) else [None] * len(boxes)
     rows = list(boxes.values()) if isinstance(boxes, Mapping) else list(boxes)
@@ -69,7 +70,8 @@ def picture(
             )
         )
         if name is not None:
-            ax.text(x0, y0 - 1, name, fontsize=6, color="black", bbox={"fc": colour, "ec": "none", "pad": 0.6})
+            look = {"fc": colour, "ec": "none", "pad": 0.6}
+            ax.text(x0, y0 - 1, name, fontsize=6, color="black", bbox=look, parse_math=False)
 
 
 def crop(ax: Axes, pixels, box: Sequence[float], title: str = "", shade: str | None = None) -> None:
@@ -115,9 +117,9 @@ def plan(
     """
     mass = np.asarray(mass)
     image = ax.imshow(mass, **{"cmap": "Greens", **look})
-    ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=7)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.set(title=title)
+    ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=7, parse_math=False)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
+    ax.set_title(title, parse_math=False)
     ax.grid(False)
     for (i, j), value in np.ndenumerate(mass) if numbers else ():
         shade = "white" if image.norm(value) > 0.6 else "black"
