@@ -379,7 +379,7 @@ def test_the_bar_counts_crops(tmp_path, capfd):
 
 
 def job_of(dataset):
-    return shards.Job(dataset, FakeEncoder(), PLAN, "float16", "skip", None)
+    return shards.Work(dataset, FakeEncoder(), PLAN, "float16", "skip", None)
 
 
 def test_pictures_are_decoded_at_most_two_batches_ahead():

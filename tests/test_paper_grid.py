@@ -66,7 +66,7 @@ def test_lares_first_table_fills_its_comparison(lab):
     lab("coca_ViT-L-14", "laion2b_s13b_b90k", COCA)
     for dataset in ("cub", "cub-painting", "domainnet-40"):
         trees.make(paths.data(), dataset, each=5)
-    outcomes = run.execute(run.plan(params.jobs(file, SMALL)))
+    outcomes = run.execute(run.prepare(params.jobs(file, SMALL)))
     assert [(outcome.status, outcome.error) for outcome in outcomes] == [("done", "")] * 4
 
     measured = report.collect(paths.results())
@@ -82,4 +82,4 @@ def test_lares_first_table_fills_its_comparison(lab):
     images = joined.drop_duplicates(["dataset", "setting"]).set_index(["dataset", "setting"]).n
     assert images["cub-painting"].to_dict() == {"in-domain": 1000, "out-of-domain": 1000, "extended": 2000}
     assert images["domainnet-40"].to_dict() == {"in-domain": 200, "out-of-domain": 600, "extended": 800}
-    assert {outcome.status for outcome in run.execute(run.plan(params.jobs(file, SMALL)))} == {"complete"}
+    assert {outcome.status for outcome in run.execute(run.prepare(params.jobs(file, SMALL)))} == {"complete"}

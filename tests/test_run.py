@@ -36,7 +36,7 @@ print(images)
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    """A folder with notebooks and a results root; gives a maker of plans."""
+    """A folder with notebooks and a results root; gives a maker of sheets."""
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("UPCLOSE_RESULTS", str(tmp_path / "results"))
@@ -56,7 +56,7 @@ def lab(tmp_path, monkeypatch):
 
 def test_a_run_writes_everything_and_is_not_run_again(lab):
     jobs = params.jobs(lab(), {"images": 3})
-    (outcome,) = run.execute(run.plan(jobs))
+    (outcome,) = run.execute(run.prepare(jobs))
     assert outcome.status == "done"
     folder = outcome.folder
     assert {p.name for p in folder.iterdir()} == {"notebook.ipynb", "params.yaml", "metrics.csv", "run.json"}
@@ -70,12 +70,12 @@ def test_a_run_writes_everything_and_is_not_run_again(lab):
     assert "CLIP &lt;b&gt;" in page
     assert "<b>" not in page.split("<table")[1]
 
-    (again,) = run.execute(run.plan(jobs))
+    (again,) = run.execute(run.prepare(jobs))
     assert (again.status, again.folder) == ("complete", folder)
-    (other,) = run.plan(params.jobs(lab(), {"images": 4}))
+    (other,) = run.prepare(params.jobs(lab(), {"images": 4}))
     assert other.complete is None
-    assert run.plan(params.jobs(lab(BODY + "1\n"), {"images": 3}))[0].complete is None  # other code
-    assert run.plan(params.jobs(lab(), {"images": 3}), force=True)[0].complete is None
+    assert run.prepare(params.jobs(lab(BODY + "1\n"), {"images": 3}))[0].complete is None  # other code
+    assert run.prepare(params.jobs(lab(), {"images": 3}), force=True)[0].complete is None
 
 
 def test_a_notebook_that_fails_is_not_complete_and_others_go_on(lab, capsys):
@@ -86,12 +86,12 @@ def test_a_notebook_that_fails_is_not_complete_and_others_go_on(lab, capsys):
     finished = [p.parent.name for p in lab.root.glob("*/*/run.json")]
     assert len(finished) == 1
     assert finished[0].startswith("small-2-")
-    assert run.plan(params.jobs(file))[0].complete is None
+    assert run.prepare(params.jobs(file))[0].complete is None
 
 
 def test_a_kernel_that_dies_fails_its_run_only(lab):
     file = lab("import os\nif images == 1:\n    os._exit(9)\n", "notebook: small\ngrid: {images: [1, 2]}\n")
-    first, second = run.execute(run.plan(params.jobs(file)))
+    first, second = run.execute(run.prepare(params.jobs(file)))
     assert (first.status, second.status) == ("failed", "done")
     assert "Kernel died" in first.error
     assert not (first.folder / "run.json").exists()
@@ -104,8 +104,8 @@ def test_whatever_a_run_meets_is_its_own_failure(lab):
         "if images == 2:\n    shutil.rmtree(os.environ['UPCLOSE_RUN'])\n"  # then nothing can be written any more
     )
     file = lab(body, "notebook: small\ngrid: {images: [1, 2, 3]}\n")
-    plans = run.plan(params.jobs(file))
-    killed, cut, fine = run.execute(plans)
+    items = run.prepare(params.jobs(file))
+    killed, cut, fine = run.execute(items)
     assert [killed.status, cut.status, fine.status] == ["failed", "failed", "done"]
     assert "killed" in killed.error
     assert "FileNotFoundError" in cut.error
@@ -114,7 +114,7 @@ def test_whatever_a_run_meets_is_its_own_failure(lab):
     assert (
         300 * 2**20 < peak < 600 * 2**20
     )  # of the kernel: the process that starts it has imported torch, which is more
-    assert plans[2].run in (fine.folder.parent / "index.html").read_text()
+    assert items[2].run in (fine.folder.parent / "index.html").read_text()
 
 
 def test_equal_names_are_told_apart_and_the_same_run_is_planned_once(lab, tmp_path):
@@ -122,14 +122,14 @@ def test_equal_names_are_told_apart_and_the_same_run_is_planned_once(lab, tmp_pa
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / one.name
     other.write_text("notebook: small\nparameters: {images: 2}\n")
-    plans = run.plan([job for file in (one, other, one) for job in params.jobs(file)])
-    assert [(item.job.name, item.job.values["images"]) for item in plans] == [("small", 1), ("small", 2)]
-    for k, item in enumerate(plans):  # both complete, at different dates
+    items = run.prepare([job for file in (one, other, one) for job in params.jobs(file)])
+    assert [(item.job.name, item.job.values["images"]) for item in items] == [("small", 1), ("small", 2)]
+    for k, item in enumerate(items):  # both complete, at different dates
         folder = lab.root / f"2026-01-0{k + 1}" / item.run
         folder.mkdir(parents=True)
         facts = {"notebook": "small.ipynb", "commit": "", "dirty": False, "seconds": 1, "peak_memory_bytes": 1}
         (folder / "run.json").write_text(json.dumps(facts))
-    outcomes = run.execute(run.plan([item.job for item in plans]))
+    outcomes = run.execute(run.prepare([item.job for item in items]))
     assert [outcome.folder.parent.name for outcome in outcomes] == ["2026-01-01", "2026-01-02"]
     assert all((outcome.folder.parent / "index.html").is_file() for outcome in outcomes)  # pages that were lacking
 
@@ -154,7 +154,7 @@ def test_dry_run_computes_and_writes_nothing(lab, capsys):
 def test_what_is_missing_is_said_before_any_work(lab):
     file = lab()
     with pytest.raises(ParameterError, match="no data set 'birdlet'"):
-        run.execute(run.plan(params.jobs(file, {"dataset": "birdlet"})))
+        run.execute(run.prepare(params.jobs(file, {"dataset": "birdlet"})))
     assert not lab.root.exists()
 
 
@@ -168,7 +168,7 @@ def test_without_papermill_the_extra_is_named(lab, monkeypatch):
 def test_missing_training_data_are_said_too(monkeypatch, tmp_path):
     monkeypatch.setenv("UPCLOSE_DATA", str(tmp_path))
     (job, *_) = params.jobs(params.paths.PARAMS / "papers" / "lare-table1.yaml")
-    (item,) = run.plan([job])
+    (item,) = run.prepare([job])
     assert "'fp16' is for GPUs" in item.missing
     assert "cub-painting (official) test is not at" in item.missing
     assert "cub (official) train is not at" in item.missing
@@ -274,12 +274,12 @@ def test_workers_are_at_least_one(lab, capsys, workers):
 def test_a_device_must_be_on_the_machine_that_runs(lab, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     jobs = params.jobs(lab(cell=WIDE), {"device": "cuda:99"})
-    assert "device 'cuda:99'" in run.plan(jobs)[0].missing
-    assert run.plan(jobs, here=False)[0].missing == ""  # a cluster's nodes have their own
+    assert "device 'cuda:99'" in run.prepare(jobs)[0].missing
+    assert run.prepare(jobs, here=False)[0].missing == ""  # a cluster's nodes have their own
 
 
 def test_the_second_backbone_does_not_take_the_first_ones_tag(lab):
-    (item,) = run.plan(params.jobs(lab(cell=WIDE), {"backbone": "ViT-B-32-quickgelu", "pretrained": "openai"}))
+    (item,) = run.prepare(params.jobs(lab(cell=WIDE), {"backbone": "ViT-B-32-quickgelu", "pretrained": "openai"}))
     assert item.missing == ""
     assert item.hashes["weights ViT-B-32-quickgelu"] == "ViT-B-32-quickgelu:openai"
     assert len(item.hashes["weights birdlets-tiny-whole"]) == 32
@@ -290,12 +290,12 @@ def test_own_sentences_are_read_from_where_the_caller_stands_and_make_another_ru
     (tmp_path / "own.json").write_text('{"a tern": ["a hooked beak"]}')
     body = "from pathlib import Path\nassert Path(description_file).is_file()\n"
     jobs = params.jobs(lab(body, cell=WIDE), {"description_file": "own.json"})
-    (first,) = run.plan(jobs)
+    (first,) = run.prepare(jobs)
     (outcome,) = run.execute([first], tmp_path / "elsewhere")
     assert (outcome.status, outcome.error) == ("done", "")
     (tmp_path / "own.json").write_text('{"a tern": ["a straight beak"]}')
     identity._sentences.cache_clear()
-    assert run.plan(jobs)[0].hash != first.hash
+    assert run.prepare(jobs)[0].hash != first.hash
 
 
 def test_an_unwritable_results_folder(lab, tmp_path, capsys):
@@ -355,7 +355,7 @@ def test_a_killed_call_leaves_no_process_and_the_next_one_completes(lab, tmp_pat
     os.kill(first.pid, number)
     first.wait(60)
     wait_for(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids.read_text().split()), 60)
-    (outcome,) = run.execute(run.plan(params.jobs(file)))
+    (outcome,) = run.execute(run.prepare(params.jobs(file)))
     assert outcome.status == "done"
     assert not paths.damage(outcome.folder)
     assert not list(lab.root.glob("*/.partial-*"))
@@ -374,7 +374,7 @@ def test_the_same_run_started_twice_is_run_once_and_whole(lab, tmp_path):
 
 def test_a_damaged_run_is_named_and_run_again_on_request(lab, capsys):
     file = lab()
-    (first,) = run.execute(run.plan(params.jobs(file)))
+    (first,) = run.execute(run.prepare(params.jobs(file)))
     metrics = first.folder / "metrics.csv"
     whole = metrics.read_text()
     metrics.write_text(whole.replace("100.0", "10.0"))
@@ -391,9 +391,9 @@ def test_a_damaged_run_is_named_and_run_again_on_request(lab, capsys):
 def test_a_forced_run_that_fails_keeps_the_earlier_one(lab, tmp_path):
     body = f"import pathlib\nif pathlib.Path(r'{tmp_path / 'bad'}').exists():\n    raise RuntimeError('no')\n"
     file = lab(body + BODY)
-    (first,) = run.execute(run.plan(params.jobs(file)))
+    (first,) = run.execute(run.prepare(params.jobs(file)))
     (tmp_path / "bad").write_text("")
-    (second,) = run.execute(run.plan(params.jobs(file), force=True))
+    (second,) = run.execute(run.prepare(params.jobs(file), force=True))
     assert second.status == "failed"
     assert not paths.damage(first.folder)
 
@@ -413,13 +413,13 @@ def test_interrupted_runs_are_not_complete_and_the_next_call_goes_on(lab, tmp_pa
     assert f'<h2 id="{complete.parent.name}">' in page
     assert "not complete" in page
     (tmp_path / "go").write_text("")
-    outcomes = run.execute(run.plan(params.jobs(file)))
+    outcomes = run.execute(run.prepare(params.jobs(file)))
     assert [outcome.status for outcome in outcomes] == ["complete", "done"]
 
 
 def planned(tmp_path, name="small", forced=False):
     """A run that is planned, of a notebook that is not there."""
-    return run.Plan(params.Job(name, tmp_path / "none.ipynb", {"seed": 0}), "0123456789", {}, None, "", forced)
+    return run.Item(params.Job(name, tmp_path / "none.ipynb", {"seed": 0}), "0123456789", {}, None, "", forced)
 
 
 def written(item, day):

@@ -40,9 +40,9 @@ def _run(options: argparse.Namespace) -> int:
         raise params.ParameterError(f"-p {twice} is given twice; a value can only be one")
     jobs = [job for file in options.file for job in params.jobs(file, overrides)]
     root = options.results or paths.results()
-    plans = run.plan(jobs, root, options.force, here=not options.ray)
+    items = run.prepare(jobs, root, options.force, here=not options.ray)
     if options.dry_run:
-        for item in plans:
+        for item in items:
             state = (
                 f"complete: {item.complete}"
                 if item.complete
@@ -51,9 +51,9 @@ def _run(options: argparse.Namespace) -> int:
                 else "would run"
             )
             print(f"{item.job.name}-{item.hash}  {state}")
-        print(f"{len(plans)} runs")
-        return int(any(item.missing and not item.complete for item in plans))
-    outcomes = run.execute(plans, root, options.workers, options.ray)
+        print(f"{len(items)} runs")
+        return int(any(item.missing and not item.complete for item in items))
+    outcomes = run.execute(items, root, options.workers, options.ray)
     print(run.summary(outcomes).to_string(index=False))
     for outcome in outcomes:
         if outcome.status == "failed":

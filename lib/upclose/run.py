@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
     error: str = ""
 
 
-class Plan(NamedTuple):
+class Item(NamedTuple):
     """A job and what is known before it starts: its hash and what went in, an earlier complete run, what is missing."""
 
     job: Job
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 # ------------------------------------------------------------------------------------------------ before a run
 
 
-def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False, here: bool = True) -> list[Plan]:
+def prepare(jobs: Iterable[Job], root: Path | None = None, force: bool = False, here: bool = True) -> list[Item]:
     """What would be run, what is complete, and what is missing; two jobs that are the same run are one.
 
     Args:
@@ -90,7 +90,7 @@ def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False, her
         here: they would run on this machine, not on a cluster
     """
     root = root or paths.results()
-    plans = {}
+    items = {}
     for job in jobs:
         hashes, missing = identity.ingredients(job, here)
         facts = json.dumps([job.values, hashes], sort_keys=True, default=str)
@@ -98,9 +98,9 @@ def plan(jobs: Iterable[Job], root: Path | None = None, force: bool = False, her
         found = None if force else _complete(root, f"{job.name}-{digest}")
         if found and (why := paths.damage(found)):
             missing, found = [f"the complete run {found} is damaged ({why}): --force runs it again"], None
-        item = Plan(job, digest, hashes, found, "; ".join(missing), force)
-        plans.setdefault(item.run, item)
-    return list(plans.values())
+        item = Item(job, digest, hashes, found, "; ".join(missing), force)
+        items.setdefault(item.run, item)
+    return list(items.values())
 
 
 def _complete(root: Path, run: str) -> Path | None:
@@ -130,11 +130,11 @@ def _git(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _partial(item: Plan, day: Path) -> Path:
+def _partial(item: Item, day: Path) -> Path:
     return day / f".partial-{item.run}.{uuid.uuid4().hex[:8]}"
 
 
-def _execute(item: Plan, partial: Path, tick: Callable[[], object] = lambda: None) -> Outcome:
+def _execute(item: Item, partial: Path, tick: Callable[[], object] = lambda: None) -> Outcome:
     """Run one notebook in this process; whatever goes wrong is that run's failure alone.
 
     A process that runs the same run is waited for; what it has completed is not run again.
@@ -164,7 +164,7 @@ def _why(error: Exception, partial: Path) -> str:
     return f"{type(error).__name__}: {error}; see {partial}"
 
 
-def _run_notebook(item: Plan, partial: Path, tick: Callable[[], object]) -> tuple[float, int]:
+def _run_notebook(item: Item, partial: Path, tick: Callable[[], object]) -> tuple[float, int]:
     """Run one notebook, whose kernel is this process's only child; seconds, and bytes that it held at most."""
     import papermill
     from papermill.engines import NBClientEngine, papermill_engines
@@ -207,7 +207,7 @@ def _run_notebook(item: Plan, partial: Path, tick: Callable[[], object]) -> tupl
     return time.monotonic() - start, max(peaks)
 
 
-def _seal(item: Plan, partial: Path, seconds: float, peak: int) -> Path:
+def _seal(item: Item, partial: Path, seconds: float, peak: int) -> Path:
     """Write `run.json` and give the folder its name: the run is complete."""
     job, facts = item.job, partial / "facts.json"
     content = {
@@ -262,13 +262,13 @@ def _cells(job: Job) -> int:
     return len(notebook_cells(job.notebook))
 
 
-def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, Outcome]]:
+def _locally(todo: list[Item], day: Path, workers: int) -> Iterator[tuple[Item, Outcome]]:
     """Each job in a process of its own, `workers` at a time that share the cores, with one bar over all cells."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
     running: list[multiprocessing.process.BaseProcess] = []
 
-    def apart(item: Plan) -> Outcome:
+    def apart(item: Item) -> Outcome:
         receive, send = context.Pipe(duplex=False)
         partial = _partial(item, day)
         process = context.Process(target=_child, args=(item, partial, threads, send))
@@ -309,7 +309,7 @@ def _locally(todo: list[Plan], day: Path, workers: int) -> Iterator[tuple[Plan, 
                 time.sleep(0.1)
 
 
-def _child(item: Plan, partial: Path, threads: int, send: Connection) -> None:
+def _child(item: Item, partial: Path, threads: int, send: Connection) -> None:
     """Run one notebook whose kernel has so many threads, unless the caller has set them; `run.json` states them."""
     signal.signal(signal.SIGTERM, lambda *_: _end())
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -332,7 +332,7 @@ def _end() -> None:
     os._exit(1)
 
 
-def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, Outcome]]:
+def _on_ray(todo: list[Item], day: Path, address: str) -> Iterator[tuple[Item, Outcome]]:
     """Each job as a task of an existing Ray cluster that shares the results folder."""
     ray = cluster.connect(address)
     try:
@@ -353,17 +353,17 @@ def _on_ray(todo: list[Plan], day: Path, address: str) -> Iterator[tuple[Plan, O
         ray.shutdown()
 
 
-def execute(plans: list[Plan], root: Path | None = None, workers: int = 1, ray: str | None = None) -> list[Outcome]:
+def execute(items: list[Item], root: Path | None = None, workers: int = 1, ray: str | None = None) -> list[Outcome]:
     """Run what is not complete, and write the pages of the days, also when interrupted.
 
     Args:
-        plans: see `plan`
+        items: see `prepare`
         root: of the results
         workers: notebooks at a time on this machine
         ray: the address of a Ray cluster, "auto", or "local"
 
     Returns:
-        An outcome a plan, in their order
+        An outcome an item, in their order
 
     Raises:
         ParameterError: something that a job needs is missing, papermill is, or the results cannot be written; nothing
@@ -372,20 +372,20 @@ def execute(plans: list[Plan], root: Path | None = None, workers: int = 1, ray: 
     if find_spec("papermill") is None:
         raise ParameterError("running notebooks needs the extra: pip install 'upclose[notebooks]'")
     root = (root or paths.results()).absolute()
-    if lacking := [item for item in plans if item.missing and item.complete is None]:
-        more = f" ({len(lacking)} of {len(plans)} runs lack something)" if len(lacking) > 1 else ""
+    if lacking := [item for item in items if item.missing and item.complete is None]:
+        more = f" ({len(lacking)} of {len(items)} runs lack something)" if len(lacking) > 1 else ""
         raise ParameterError(f"{lacking[0].job.name}: {lacking[0].missing}{more}")
     _check_root(root)
     day = root / date.today().isoformat()
-    todo = [item for item in plans if item.complete is None]
-    outcomes = {item.run: Outcome(item.job, "complete", item.complete) for item in plans if item.complete}
+    todo = [item for item in items if item.complete is None]
+    outcomes = {item.run: Outcome(item.job, "complete", item.complete) for item in items if item.complete}
     try:
         if todo:
             for item, outcome in _on_ray(todo, day, ray) if ray else _locally(todo, day, workers):
                 outcomes[item.run] = outcome
     finally:
         report.refresh(root)
-    return [outcomes[item.run] for item in plans]
+    return [outcomes[item.run] for item in items]
 
 
 def summary(outcomes: list[Outcome]) -> pd.DataFrame:

@@ -194,16 +194,18 @@ def build(
     home, name = stores.locate(root), _key(identity)
     folder = home.join(name)
     stores.refuse_link(folder)
-    job = shards.Job(dataset, encoder, plan, dtype, on_error, folder, _compiles(dataset, encoder, plan))
+    work = shards.Work(dataset, encoder, plan, dtype, on_error, folder, _compiles(dataset, encoder, plan))
     waited = Counter()
-    spread = partial(cluster.spread, job, address, workers, gpus) if executor == "ray" else partial(_here, job, waited)
+    spread = (
+        partial(cluster.spread, work, address, workers, gpus) if executor == "ray" else partial(_here, work, waited)
+    )
 
     manifest = _finished(folder, dataset)
     if manifest is None:
         with stores.lock(home, name):
             manifest = _finished(folder, dataset)  # the builder that we waited for may have finished it
             if manifest is None:
-                manifest = _fill(job, identity, shard, progress, spread, waited)
+                manifest = _fill(work, identity, shard, progress, spread, waited)
     _check_errors(manifest, on_error)
     return Bank(folder, manifest, dataset.label)
 
@@ -268,11 +270,11 @@ def _compiles(dataset: Dataset, encoder: object, plan: Plan) -> bool:
     return hasattr(encoder, "compiles") and encoder.compiles(len(dataset) * (1 + plan.n * plan.steps))
 
 
-def _here(job: shards.Job, waited: Counter, todo: list[tuple[int, int]], advance) -> list[dict]:
+def _here(work: shards.Work, waited: Counter, todo: list[tuple[int, int]], advance) -> list[dict]:
     """The shards, made in this process; what it waited for goes into `waited`, in seconds."""
-    before, start = Counter(getattr(job.encoder, "spent", {})), time.perf_counter()
-    entries = shards.make(job, todo, advance, waited)
-    waited.update(Counter(getattr(job.encoder, "spent", {})) - before)
+    before, start = Counter(getattr(work.encoder, "spent", {})), time.perf_counter()
+    entries = shards.make(work, todo, advance, waited)
+    waited.update(Counter(getattr(work.encoder, "spent", {})) - before)
     waited.setdefault("encoding", time.perf_counter() - start - waited.total())
     return entries
 
@@ -283,14 +285,14 @@ def _account(waited: Counter, crops: int, seconds: float) -> str:
     return f"{crops / seconds:,.0f} crops/s; of the time {shares}: the bottleneck was {waited.most_common(1)[0][0]}"
 
 
-def _fill(job: shards.Job, identity: dict, size: int, progress: bool | None, spread, waited: Counter) -> dict:
+def _fill(work: shards.Work, identity: dict, size: int, progress: bool | None, spread, waited: Counter) -> dict:
     """Encode what is missing, write the manifest, return it."""
-    dataset, plan, folder = job.dataset, job.plan, job.folder
+    dataset, plan, folder = work.dataset, work.plan, work.folder
     with stores.writing(folder):
         folder.files.makedirs(folder.path, exist_ok=True)
     done = _survivors(folder, dataset)
-    if job.on_error == "raise":
-        _check_errors({"errors": _listed(done, dataset)}, job.on_error)
+    if work.on_error == "raise":
+        _check_errors({"errors": _listed(done, dataset)}, work.on_error)
     todo, position = [], 0
     for start, stop in [(entry["start"], entry["stop"]) for entry in done] + [(len(dataset), None)]:
         todo += [(first, min(first + size, start)) for first in range(position, start, size)]

@@ -20,7 +20,7 @@ ATTEMPTS = 4  # at one shard, or to start actors before any of them works
 
 
 def spread(
-    job: shards.Job,
+    work: shards.Work,
     address: str,
     workers: int | None,
     gpus: float,
@@ -33,7 +33,7 @@ def spread(
     encoder travels in main memory; an actor that has a GPU moves it there.
 
     Args:
-        job: what to encode; every machine of the cluster must see its folder
+        work: what to encode; every machine of the cluster must see its folder
         address: of the cluster ("auto", "ray://host:10001", "host:6379"); unused when Ray is connected already
         workers: actors, None for as many as the cluster holds
         gpus: share of a GPU an actor asks for
@@ -49,24 +49,24 @@ def spread(
         ConnectionError: there is no cluster at the address
         BankError: workers are lost again and again, do not write to the same root as this process reads, or Ray fails
     """
-    if job.encoder.device.type != "cpu":
+    if work.encoder.device.type != "cpu":
         if not gpus:
             raise ValueError(
-                f"the encoder is on {job.encoder.device} but gpus is 0, so that no worker would have a GPU: ask for "
+                f"the encoder is on {work.encoder.device} but gpus is 0, so that no worker would have a GPU: ask for "
                 "gpus=1, or load the encoder with device='cpu'"
             )
-        job = job._replace(encoder=job.encoder.to("cpu"))
+        work = work._replace(encoder=work.encoder.to("cpu"))
     ray = connect(address)
     try:
-        return _spread(ray, job, workers, gpus, todo, advance)
+        return _spread(ray, work, workers, gpus, todo, advance)
     except ray.exceptions.RayError as error:
         raise BankError(f"Ray failed, the next build goes on from the finished shards ({error})") from error
 
 
-def _spread(ray: ModuleType, job: shards.Job, workers, gpus, todo, advance) -> list[dict]:
+def _spread(ray: ModuleType, work: shards.Work, workers, gpus, todo, advance) -> list[dict]:
     threads = torch.get_num_threads()
     workers = min(len(todo), workers or _room(ray, threads, gpus))
-    shared = ray.put(job)
+    shared = ray.put(work)
     actor = ray.remote(num_cpus=threads, num_gpus=gpus)(Worker)
     waiting = {}  # what we wait for -> (actor, its shard; None while it starts)
 
@@ -101,7 +101,7 @@ def _spread(ray: ModuleType, job: shards.Job, workers, gpus, todo, advance) -> l
                 raise error.cause from None
             idle.append(worker)
             if shard:
-                _check_shared(job.folder, result)
+                _check_shared(work.folder, result)
                 entries.append(result)
                 advance(shard[1] - shard[0])
     finally:
@@ -113,16 +113,16 @@ def _spread(ray: ModuleType, job: shards.Job, workers, gpus, todo, advance) -> l
 class Worker:
     """An actor: the encoder on this machine's device, and what decodes for it, for as many shards as come."""
 
-    def __init__(self, job: shards.Job, threads: int, gpus: float):
+    def __init__(self, work: shards.Work, threads: int, gpus: float):
         torch.set_num_threads(threads)
-        self._job = job._replace(encoder=job.encoder.to("cuda")) if gpus else job
+        self._work = work._replace(encoder=work.encoder.to("cuda")) if gpus else work
 
     def ready(self) -> None:
         """Answer once the actor has started."""
 
     def make(self, shard: tuple[int, int]) -> dict:
         """Encode and write one shard."""
-        return shards.make(self._job, [shard])[0]
+        return shards.make(self._work, [shard])[0]
 
 
 def connect(address: str) -> ModuleType:

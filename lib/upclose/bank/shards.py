@@ -34,7 +34,7 @@ WRITING = 2  # shards that wait for the disk
 DTYPE = {"float16": torch.float16, "float32": torch.float32}
 
 
-class Job(NamedTuple):
+class Work(NamedTuple):
     """What is to be encoded, by what, to where; `compile` as in `encode_views`, all but `folder` as in `bank.build`."""
 
     dataset: Dataset
@@ -63,7 +63,7 @@ class Picture(NamedTuple):
 
 
 def make(
-    job: Job,
+    work: Work,
     ranges: list[tuple[int, int]],
     advance: Callable[[int], object] = lambda images: None,
     waited: Counter | None = None,
@@ -71,7 +71,7 @@ def make(
     """Encode and write the shards of some ranges of images.
 
     Args:
-        job: what to encode
+        work: what to encode
         ranges: (start, stop) of each shard
         advance: called with the number of images that were added
         waited: to which the seconds are added that this thread waited for "decoding" and for "writing"
@@ -84,16 +84,16 @@ def make(
     """
     waited = Counter() if waited is None else waited
     positions = itertools.chain.from_iterable(itertools.starmap(range, ranges))
-    encode = _encode_stream if streams(job.encoder) else _encode_batches
+    encode = _encode_stream if streams(work.encoder) else _encode_batches
     written: list[Future] = []
-    with ThreadPoolExecutor(1) as writer, closing(decode(job, positions, waited)) as pictures:
+    with ThreadPoolExecutor(1) as writer, closing(decode(work, positions, waited)) as pictures:
         for start, stop in ranges:
-            tensors, index, errors = encode(job, zip(range(start, stop), pictures), advance)
+            tensors, index, errors = encode(work, zip(range(start, stop), pictures), advance)
             with _clock(waited, "writing"):
                 if len(written) >= WRITING:
                     written[-WRITING].result()
             before = written[-1] if written else None
-            written.append(writer.submit(_write, before, job, start, stop, *_on_host(tensors), index, errors))
+            written.append(writer.submit(_write, before, work, start, stop, *_on_host(tensors), index, errors))
         with _clock(waited, "writing"):
             return [shard.result() for shard in written]
 
@@ -112,9 +112,9 @@ def _clock(waited: Counter, name: str) -> Iterator[None]:
         waited[name] += time.perf_counter() - start
 
 
-def _encode_batches(job: Job, pictures: Iterable[tuple[int, Picture]], advance) -> tuple[dict, list[int], dict]:
+def _encode_batches(work: Work, pictures: Iterable[tuple[int, Picture]], advance) -> tuple[dict, list[int], dict]:
     """The tensors of a shard, which images they are, and the reasons of those that cannot be read."""
-    dataset, encoder, plan, dtype, on_error, *_ = job
+    dataset, encoder, plan, dtype, on_error, *_ = work
     parts, index, errors = [], [], {}
     while batch := list(itertools.islice(pictures, BATCH)):
         for i, picture in batch:
@@ -126,9 +126,9 @@ def _encode_batches(job: Job, pictures: Iterable[tuple[int, Picture]], advance) 
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}, index, errors
 
 
-def _encode_stream(job: Job, pictures: Iterable[tuple[int, Picture]], advance) -> tuple[dict, list[int], dict]:
+def _encode_stream(work: Work, pictures: Iterable[tuple[int, Picture]], advance) -> tuple[dict, list[int], dict]:
     """The same, of an encoder that streams; what it gives is on its device and may not be there yet."""
-    dataset, encoder, plan, dtype, on_error, *_ = job
+    dataset, encoder, plan, dtype, on_error, *_ = work
     box, index, errors = [], [], {}
 
     def readable() -> Iterator[object]:
@@ -143,7 +143,7 @@ def _encode_stream(job: Job, pictures: Iterable[tuple[int, Picture]], advance) -
     ready = readable()
     if (first := next(ready, None)) is None:
         return {}, index, errors
-    found = encoder.encode_views(itertools.chain([first], ready), plan.cls, job.compile)
+    found = encoder.encode_views(itertools.chain([first], ready), plan.cls, work.compile)
     names = ("image", "crop", "image_cls", "crop_cls")
     tensors = {name: x.to(DTYPE[dtype]) for name, x in zip(names, found) if x is not None}
     return {"box": torch.stack(box)} | tensors, index, errors
@@ -177,7 +177,7 @@ def _on_host(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.
     return host, event
 
 
-def _write(before: Future | None, job: Job, start: int, stop: int, tensors, event, index, errors) -> dict:
+def _write(before: Future | None, work: Work, start: int, stop: int, tensors, event, index, errors) -> dict:
     """Write a shard once it is on the host; nothing, if the shard before could not be written."""
     if before is not None:
         before.result()
@@ -185,13 +185,13 @@ def _write(before: Future | None, job: Job, start: int, stop: int, tensors, even
         event.synchronize()
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError(
-            f"the encoder's features of images {start} to {stop - 1} of {job.dataset.name} are not finite in "
-            f"{job.dtype}: try precision='fp32' or dtype='float32'"
+            f"the encoder's features of images {start} to {stop - 1} of {work.dataset.name} are not finite in "
+            f"{work.dtype}: try precision='fp32' or dtype='float32'"
         )
     tensors = {**tensors, "index": torch.tensor(index, dtype=torch.int64)}
-    content = stores.pack(tensors, errors, job.folder.name)
+    content = stores.pack(tensors, errors, work.folder.name)
     written = entry(start, stop, content, errors)
-    stores.write(job.folder, written["name"], content)
+    stores.write(work.folder, written["name"], content)
     return written
 
 
@@ -217,7 +217,7 @@ def decoders() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=decoders.cache_clear)  # a forked process has none of its parent's threads
 
 
-def decode(job: Job, positions: Iterable[int], waited: Counter | None = None) -> Iterator[Picture]:
+def decode(work: Work, positions: Iterable[int], waited: Counter | None = None) -> Iterator[Picture]:
     """The pictures at these positions, in order.
 
     At most two batches are decoded ahead, for an encoder that streams many more, but never more than about `AHEAD`
@@ -225,11 +225,11 @@ def decode(job: Job, positions: Iterable[int], waited: Counter | None = None) ->
     """
     waited = Counter() if waited is None else waited
     positions, pool, ahead = iter(positions), decoders(), deque()
-    most, largest = (STREAMED_SHARD if streams(job.encoder) else 2 * BATCH), 1
+    most, largest = (STREAMED_SHARD if streams(work.encoder) else 2 * BATCH), 1
     try:
         while True:
             room = min(most, max(2, AHEAD // largest)) if largest > 1 else 2 * BATCH
-            ahead.extend(pool.submit(_load, job, i) for i in itertools.islice(positions, max(0, room - len(ahead))))
+            ahead.extend(pool.submit(_load, work, i) for i in itertools.islice(positions, max(0, room - len(ahead))))
             if not ahead:
                 return
             with _clock(waited, "decoding"):
@@ -241,8 +241,8 @@ def decode(job: Job, positions: Iterable[int], waited: Counter | None = None) ->
             picture.cancel()
 
 
-def _load(job: Job, i: int) -> Picture:
-    dataset = job.dataset
+def _load(work: Work, i: int) -> Picture:
+    dataset = work.dataset
     try:
         pixels = dataset.load(i)
     except ImageError as error:
@@ -250,8 +250,8 @@ def _load(job: Job, i: int) -> Picture:
     except Exception as error:
         error.add_note(f"while loading picture {i} ({dataset.key[i]!r}) of {dataset.name} ({dataset.split})")
         raise
-    box = crops.plan_boxes(job.plan, *pixels.shape[-2:], dataset.key[i])
-    return Picture(pixels, box, None, job.encoder.prepare(pixels, box) if streams(job.encoder) else None)
+    box = crops.plan_boxes(work.plan, *pixels.shape[-2:], dataset.key[i])
+    return Picture(pixels, box, None, work.encoder.prepare(pixels, box) if streams(work.encoder) else None)
 
 
 def _note_error(dataset: Dataset, i: int, picture: Picture, on_error: str, errors: dict[int, str]) -> None:
