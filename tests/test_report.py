@@ -1,11 +1,13 @@
+import errno
 import json
+import os
 import re
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from upclose import metrics, paths, report
+from upclose import compare, metrics, paths, report
 
 FACTS = {"notebook": "01_lgca.ipynb", "commit": "c" * 40, "dirty": True, "seconds": 12.3, "peak_memory_bytes": 2**30}
 METRICS = {"paper": "LGCA", "method": ["CLIP", "<b>WCA</b>"], "value": [25.6667, 30.0], "std": ["", 0.5], "n": 300}
@@ -152,3 +154,18 @@ def test_what_cannot_be_read_of_an_old_run_is_named_and_hides_no_other(tmp_path,
     page = (tmp_path / "2026-01-01" / "index.html").read_text()
     assert "50.0" in page
     assert '<h2 id="damaged">' in page
+
+
+def test_a_full_disk_leaves_the_old_tables_and_is_named(tmp_path, monkeypatch):
+    measured = compare.published("LGCA").assign(n=100.0)
+    file, _ = report.tables(measured, tmp_path)[:2]
+    before = file.read_text()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        report.tables(measured.assign(value=0.0), tmp_path)
+    assert file.read_text() == before
+    assert not list(tmp_path.glob("*.partial-*"))

@@ -142,7 +142,11 @@ def mode() -> int:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a temporary name beside it, fsync, rename, fsync of the folder."""
+    """Write a file whole or not at all: a temporary name beside it, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: it cannot be written; names the file
+    """
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex}")
     try:
         with partial.open("wb") as file:
@@ -150,6 +154,9 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # a full disk says no name
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

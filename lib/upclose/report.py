@@ -203,8 +203,8 @@ def tables(measured: pd.DataFrame, folder: Path) -> list[Path]:
     for paper, name in compare.papers().items():
         table = compare.versus(measured, paper).drop(columns=["paper"])
         written += [folder / f"{name}.csv", folder / f"{name}.html"]
-        table.map(paths.cell).to_csv(written[-2], index=False)
+        paths.write(written[-2], table.map(paths.cell).to_csv(index=False).encode())
         page = table.to_html(index=False, na_rep="", float_format="{:.2f}".format, escape=True)
         title = f"<title>{html.escape(paper)}: paper versus ours</title>"
-        written[-1].write_text(f'<!doctype html>\n<meta charset="utf-8">{title}\n{page}\n', encoding="utf-8")
+        paths.write(written[-1], f'<!doctype html>\n<meta charset="utf-8">{title}\n{page}\n'.encode())
     return written
