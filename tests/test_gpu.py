@@ -89,6 +89,8 @@ def test_nothing_waits_for_the_card(world):
         image, crop, *_ = encoder.encode_views(ready)
         encoder.encode_crops(pictures, views.box)
         encoder.encode_images(pictures)
+    there = encoder.encode_crops([picture.to(DEVICE) for picture in pictures], views.box)
+    assert torch.equal(there, crop)
     assert (1 - (crop.cpu() * views.crop).sum(-1)).max() < 1e-3
     assert (1 - (image.cpu() * views.image).sum(-1)).max() < 1e-3
 

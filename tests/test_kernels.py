@@ -15,9 +15,12 @@ from test_encode import clip, encoder_of
 from upclose import bank, crops, encode
 from upclose.features import Plan
 
-pytest.importorskip("triton", reason="kernels are written in Triton, which comes with torch on Linux")
+triton = pytest.importorskip("triton", reason="kernels are written in Triton, which comes with torch on Linux")
 with pytest.MonkeyPatch.context() as patch:  # read once, when the kernels are defined
-    patch.setenv("TRITON_INTERPRET", "1")
+    if not torch.cuda.is_available():  # where there is a GPU they are compiled, for tests/test_gpu.py
+        patch.setenv("TRITON_INTERPRET", "1")
+    from triton.runtime.interpreter import InterpretedFunction
+
     from upclose import kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -26,6 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 @pytest.fixture
 def interpreted(monkeypatch):
     """Pictures on the CPU are cut by the kernels too, in tiles that suit the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here: tests/test_gpu.py runs them")
+    monkeypatch.setattr(triton.language, "sum", InterpretedFunction(triton.language.sum.fn))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(kernels, "ROWS", 64)
     return monkeypatch
@@ -278,6 +284,21 @@ def test_bf16_weights_are_close_and_follow_the_weights():
     assert not half.of(clip().visual)
 
 
+def test_layer_norm_is_torchs(interpreted):
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(48)
+    with torch.no_grad():
+        norm.weight.add_(torch.randn(48))
+        norm.bias.add_(torch.randn(48))
+    norm.__class__ = encode.encoder._Norm
+    x = (3 + 5 * torch.randn(2, 3, 96))[..., ::2]
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = norm(x.to(dtype))
+        assert ours.dtype == dtype
+        wanted = torch.nn.functional.layer_norm(x.to(dtype).float(), (48,), norm.weight, norm.bias)
+        torch.testing.assert_close(ours.float(), wanted, atol=1e-5, rtol=torch.finfo(dtype).eps)
+
+
 def test_compiling_is_for_many_crops_on_a_gpu():
     for compile, wanted in ((None, [False, False]), (True, [True, True]), (False, [False, False])):
         encoder = encoder_of(clip(), compile=compile)
@@ -308,8 +329,9 @@ from upclose import kernels
 
 types = {"pixels": "*u8", "table": "*i64", "box": "*i32", "between": "*u8", "size": "i32", "out": "*bf16"}
 types |= {name: "fp32" for name in ("g0", "g1", "g2", "b0", "b1", "b2")}
-for kernel in (kernels._first, kernels._second):
-    fixed = {"ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS}
+types |= {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "width": "i32", "epsilon": "fp32"}
+tiles = {"ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS}
+for kernel, fixed in ((kernels._first, tiles), (kernels._second, tiles), (kernels._norm, {"COLUMNS": 1024})):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in fixed else types[name] for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in fixed.items()})

@@ -12,7 +12,8 @@ from upclose.methods import dnd, lazsl
 
 triton = pytest.importorskip("triton", reason="kernels are written in Triton, which comes with torch on Linux")
 with pytest.MonkeyPatch.context() as patch:  # read once, when the kernels are defined
-    patch.setenv("TRITON_INTERPRET", "1")
+    if not torch.cuda.is_available():  # where there is a GPU they are compiled, for tests/test_gpu.py
+        patch.setenv("TRITON_INTERPRET", "1")
     from triton.runtime.interpreter import InterpretedFunction
 
     from upclose import kernels_transport
@@ -21,6 +22,8 @@ with pytest.MonkeyPatch.context() as patch:  # read once, when the kernels are d
 @pytest.fixture
 def interpreted(monkeypatch):
     """Ragged problems on the CPU are solved by the kernel too, and Triton's own functions are interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here: tests/test_gpu.py runs them")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("sum", "max", "min"):
         own = getattr(triton.language, name)

@@ -348,9 +348,9 @@ def pack(images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, np.nda
     length = 3 * shape.prod(axis=1)
     place = np.concatenate([(length.cumsum() - length)[:, None], shape], axis=1)
     parts = [image.reshape(-1) for image in images]
-    if all(part.device == device for part in parts):
-        return torch.cat(parts), place
-    return upload(parts, device), place
+    if all(part.device.type == "cpu" for part in parts):
+        return upload(parts, device), place
+    return torch.cat([part.to(device) for part in parts]), place
 
 
 def upload(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
-from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transformer, VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
 
 from upclose import crops
@@ -607,6 +607,17 @@ def _tower(visual: nn.Module, x: Tensor, cls: bool) -> tuple[Tensor, Tensor | No
     return (feature[0] if isinstance(feature, tuple) else feature), None
 
 
+class _Norm(nn.LayerNorm):
+    """A LayerNorm in float32 for bf16; compiled, torch makes one kernel of it and its neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if crops.has_kernels(x.device) and not torch.compiler.is_compiling():
+            from upclose import kernels
+
+            return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
 class _Half:
     """An image tower with bf16 weights beside the float32 LayerNorms of another; bf16 flows between them."""
 
@@ -619,7 +630,7 @@ class _Half:
         self._tower = copy.deepcopy(visual, shared | {id(w): c for w, c in zip(self._full, self._copies)})
         for module in self._tower.modules():
             if isinstance(module, nn.LayerNorm):
-                module.__class__ = LayerNormFp32
+                module.__class__ = _Norm
 
     def of(self, visual: nn.Module) -> bool:
         """Whether this tower was made from these very weights."""
