@@ -264,6 +264,14 @@ def test_strong_views_of_a_device_are_made_at_once_and_normalised(encoder):
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_pictures_move_in_one_copy():
+    pixels = Pictures(3).pixels
+    assert all(map(torch.equal, fair._moved(pixels, torch.device("cpu")), pixels))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = fair._moved(pixels, torch.device("cuda"))
+        assert [(x.device.type, x.shape) for x in there] == [("cuda", x.shape) for x in pixels]
+
+
 @pytest.mark.parametrize(("room", "loads"), [(0, [0, 1, 2, 0, 1, 2]), (10**6, [0, 1, 2, 2]), (6000, [0, 1, 2, 1, 2])])
 def test_pictures_are_kept_while_there_is_room(room, loads):
     dataset, seen = Pictures(3), []

@@ -73,7 +73,7 @@ def views(pictures: Sequence[Tensor], keys: Sequence[str], size: int, seed: int,
     """A(x) of a batch.
 
     Args:
-        pictures: B, uint8 (3, H, W) of any sizes, on the host
+        pictures: B, uint8 (3, H, W) of any sizes, on the host or the device
         keys: of the pictures
         size: side S of the result
         seed: of the epoch

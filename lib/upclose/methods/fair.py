@@ -404,6 +404,7 @@ def adapt(
             if not pictures:
                 continue
             keys = [dataset.key[i] for i in index.tolist()]
+            pictures = pictures if device.type == "cpu" else _moved(pictures, device)
             if pseudo_label is None:
                 classifier = normalize(anchors.detach(), dim=-1) if fixed is None else fixed
                 psi = _teach(teacher, pictures, keys, classifier, seeds.derive(settings.seed, "weak", epoch), settings)
@@ -500,6 +501,13 @@ def _batches(
             for i, error in lost.items():
                 warnings.warn(f"{dataset.key[i]} cannot be read ({error}) and is left out", stacklevel=3)
             yield torch.tensor(list(found)), list(found.values())
+
+
+def _moved(pictures: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The pictures on a device, in one copy that the host does not wait for."""
+    flat = crops.upload([picture.reshape(-1) for picture in pictures], device)
+    parts = flat.split([picture.numel() for picture in pictures])
+    return [part.view(picture.shape) for part, picture in zip(parts, pictures)]
 
 
 def _alignment(views: Views, classifier: Tensor, k: int | None, crop_weights: str) -> Tensor:
