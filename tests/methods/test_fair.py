@@ -13,7 +13,7 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import load, save
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from torchvision.transforms import v2
 
@@ -270,6 +270,46 @@ def test_pictures_move_in_one_copy():
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = fair._moved(pixels, torch.device("cuda"))
         assert [(x.device.type, x.shape) for x in there] == [("cuda", x.shape) for x in pixels]
+
+
+def outside(call):
+    """The call, made on real tensors whatever mode is on."""
+
+    def inner(tensor, *given, **named):
+        with unset_fake_temporarily():
+            return call(tensor, *given, **named)
+
+    return inner
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:CUDA is not available")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_epoch_on_a_device_looks_at_nothing(monkeypatch, precision):
+    """Fake tensors have no values: whatever looks at one raises, from the first batch to the end of the epoch."""
+    seen, dataset = [], Pictures(5)
+    monkeypatch.setattr(torch.Tensor, "numpy", outside(torch.Tensor.numpy))
+    monkeypatch.setattr(torch.Tensor, "tolist", outside(torch.Tensor.tolist))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda _: None)  # its engine asks the driver
+    batches = list(fair._batches(dataset, torch.arange(5), 3, fair._reader(dataset)))
+    monkeypatch.setattr(fair, "_batches", lambda *_: batches)
+    monkeypatch.setattr(fair, "_run", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(fair, "_extend", lambda history, batches: seen.extend(batches) or history)
+    boxes = {key: crops.sample_boxes(36, 40, 6, key=key) for key in dataset.key}
+    monkeypatch.setattr(fair, "weak_boxes", lambda *given: boxes[given[-1]])
+    draws = {key: augment.draw(36, 40, 0, key) for key in dataset.key}
+    monkeypatch.setattr(augment, "draw", lambda *given: draws[given[-1]])
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        vision = {"image_size": SIDE, "patch_size": 16, "width": WIDTH, "head_width": 16, "layers": 2}
+        words = {"context_length": 8, "vocab_size": 80, "width": 16, "heads": 1, "layers": 1}
+        model = CLIP(DIM, vision, words)
+        monkeypatch.setattr(model, "to", lambda device: model)
+        parts = sources.Parts(model, tiny.tokenizer(("bird",), 8), SIDE, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1), False)
+        encoder = encode.Encoder(parts, "small", "cuda", precision)
+        monkeypatch.setattr(encode.Encoder, "logit_scale", 100.0)
+        text = Text(torch.empty(3, DIM), torch.empty(6, DIM), torch.zeros(6, dtype=torch.int64))
+        found = fair.adapt(encoder, dataset, text, epochs=1, n=5, k=2, batch_size=3)
+        assert found.anchors.device.type == "cuda"
+        assert [[x.device.type for x in batch] for batch in seen] == [["cpu", "cuda", "cuda", "cuda"]] * 2
 
 
 @pytest.mark.parametrize(("room", "loads"), [(0, [0, 1, 2, 0, 1, 2]), (10**6, [0, 1, 2, 2]), (6000, [0, 1, 2, 1, 2])])

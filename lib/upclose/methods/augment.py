@@ -86,11 +86,11 @@ def views(pictures: Sequence[Tensor], keys: Sequence[str], size: int, seed: int,
         Torchvision draws an aspect until the crop fits; see `crops.sample_area_boxes`.
     """
     draws = [draw(*picture.shape[1:], seed, key) for picture, key in zip(pictures, keys)]
-    box = torch.stack([each.box for each in draws])[:, None]
     if crops.has_kernels(device):
-        view, owner = crops.crop_view(box[:, 0].numpy().astype(np.int64), size), np.arange(len(pictures))
-        x = crops.cut(pictures, owner, view, device, size, torch.uint8, crops.MEAN, crops.STD)
+        box, owner = np.stack([each.box.numpy() for each in draws]).astype(np.int64), np.arange(len(pictures))
+        x = crops.cut(pictures, owner, crops.crop_view(box, size), device, size, torch.uint8, crops.MEAN, crops.STD)
     else:
+        box = torch.stack([each.box[None] for each in draws])
         x = crops.extract([picture.to(device) for picture in pictures], box, size, torch.uint8)[:, 0]
     return augment(x, draws)
 

@@ -527,9 +527,9 @@ def _teach(teacher, pictures, keys, classifier: Tensor, seed: int, settings: Set
     """Psi of the weak views, (B, C); all of a batch is one call of the encoder."""
     if settings.weak == "resized":
         box = [crops.sample_area_boxes(*x.shape[1:], 1, (0.08, 1.0), seed, key) for x, key in zip(pictures, keys)]
-        return teacher.encode_crops(pictures, torch.stack(box))[:, 0] @ classifier.mT
+        return teacher.encode_crops(pictures, box)[:, 0] @ classifier.mT
     drawn = (settings.n, settings.crop_scale, seed)
-    box = torch.stack([weak_boxes(*x.shape[1:], *drawn, key) for x, key in zip(pictures, keys)])
+    box = [weak_boxes(*x.shape[1:], *drawn, key) for x, key in zip(pictures, keys)]
     if settings.crop_weights == "softmax":
         feature = teacher.encode_crops(pictures, box)
         views = Views(feature[:, 0], feature[:, 1:])
