@@ -264,7 +264,7 @@ def _report(folder: Path, items: Items) -> None:
     if strays:
         said = f"{len(strays)} pictures of {folder} have another ending than a picture's, the first is "
         warnings.warn(
-            f"{said}{strays[0].relative_to(folder)!s:.200}: they are passed over", FolderWarning, stacklevel=4
+            f"{said}{str(strays[0].relative_to(folder))!r}: they are passed over", FolderWarning, stacklevel=4
         )
 
 

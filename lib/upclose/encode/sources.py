@@ -142,7 +142,8 @@ def _build(name: str, **options: bool) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return _fetch(lambda: open_clip.create_model(name, pretrained_text=False, **options))
+            make = functools.partial(open_clip.create_model, name, pretrained_text=False, **options)
+            return make() if name.startswith("local-dir:") else _fetch(make)
     except Exception as error:
         kind = ConnectionError if name.startswith("hf-hub:") else ValueError
         raise kind(
