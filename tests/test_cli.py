@@ -1,5 +1,6 @@
 """`upclose bank` on the command line: exit codes, what is printed, what is left on disk."""
 
+import os
 import sys
 
 import pytest
@@ -171,3 +172,13 @@ def test_arguments_that_cannot_be_meant(command, capsys):
 def test_a_parameter_is_given_once(capsys):
     assert cli.main(["run", "x.yaml", "-p", "images=1", "-p", "images=2"]) == 2
     assert "images is given twice" in capsys.readouterr().err
+
+
+def test_a_command_ends_quietly_when_its_reader_goes(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        monkeypatch.setattr(cli, "_doctor", lambda options: print("x"))
+        assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().err == ""
