@@ -160,7 +160,8 @@ def exact_scores(views: Views, text: Text, *, theta: float = 0.8, selection: boo
     Returns:
         (B, C) float32, larger is better
 
-    Source: LaZSL, eqs. 5-10, 15-17; the network simplex of POT.
+    Source:
+        LaZSL, eqs. 5-10, 15-17; the network simplex of POT.
     """
     _check(views, text)
     crop, row = torch.lerp(views.image[:, None], views.crop, theta), crop_mass(views, selection=selection)
@@ -188,7 +189,8 @@ def released_scores(
     Returns:
         (B, C) float32, and the rounds of the class that took most
 
-    Source: written from the description of the program's rule; eqs. 11-16.
+    Source:
+        Written from the description of the program's rule; eqs. 11-16.
     """
     _check(views, text)
     crop, row = torch.lerp(views.image[:, None], views.crop, theta), crop_mass(views)

@@ -43,7 +43,8 @@ def steps(crops: int) -> int:
 def schedules(levels: int) -> dict[str, list[float]]:
     """Named weights alpha_j of so many steps; each sums to 1.
 
-    Source: the paper "fine-tunes" alpha_j "for each experiment" (section 4.3) and prints none.
+    Source:
+        The paper "fine-tunes" alpha_j "for each experiment" (section 4.3) and prints none.
     """
     j = torch.arange(1, levels + 1, dtype=torch.float64)
     rows = {
@@ -70,7 +71,8 @@ def margin_boxes(box: Tensor, margin: float, steps: int, height: int, width: int
     Returns:
         (T, N, 4) float32, not rounded; boxes that stick out are shifted inside, as in `crops.expand_boxes`
 
-    Source: section 4.2, "margin tau"; `crops.ladder_boxes` reads tau as a factor.
+    Source:
+        Section 4.2, "margin tau"; `crops.ladder_boxes` reads tau as a factor.
     """
     levels = [box.float()]
     for _ in range(steps - 1):
