@@ -11,9 +11,7 @@ B images.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upclose import seeds
+from upclose.devices import has_kernels
 from upclose.features import Plan
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -296,11 +295,6 @@ def whole(
     return out[0] if isinstance(image, Tensor) else out
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether pictures there are cut by `kernels`: on a GPU with Triton, and anywhere under TRITON_INTERPRET=1."""
-    return (device.type == "cuda" and _has_triton()) or os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def crop_view(box: np.ndarray, size: int) -> np.ndarray:
     """Boxes of a picture, (n, 4) int64, as views for `cut`."""
     return np.concatenate([box, np.tile([size, size, 0, 0], (len(box), 1))], axis=1)
@@ -475,11 +469,6 @@ def _whole(image: Tensor, size: int) -> Tensor:
     if _is_down_first(height, width, tall, wide):
         return _resample(image[None].mT, down, across).mT[0, 0]
     return _resample(image[None], across, down)[0, 0]
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _cut(pixels, place, owner, box: np.ndarray | Tensor, window, size, dtype, mean, std) -> Tensor:

@@ -9,10 +9,7 @@ Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013; Peyré and Cuturi, "Computat
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import os
 
 import numpy as np
 import ot
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from upclose.devices import has_kernels
 from upclose.features import check_owner
 
 # Kernel entries stay above exp(-SAFE), so that products of two of them and of their inverses are ordinary numbers.
@@ -272,16 +270,6 @@ def _faster(factor: Tensor | float, rate: Tensor) -> Tensor:
 def fits(logit: Tensor) -> bool:
     """Whether `sinkhorn_stacked` can solve logits (N, M, K): no column's values lie further apart than is safe."""
     return not logit.numel() or bool((logit.amax(0) - logit.amin(0)).amax() <= SAFE[logit.dtype])
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Whether ragged problems there are solved by `kernels_transport`: as `crops.has_kernels`."""
-    return (device.type == "cuda" and _has_triton()) or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _on_chip(logit: Tensor, row: Tensor) -> bool:

@@ -25,6 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from upclose import transport
+from upclose.devices import has_kernels
 from upclose.features import Text, Views, check_cropped, check_described
 from upclose.methods import tip_adapter
 from upclose.methods.entry import Method
@@ -331,7 +332,7 @@ def _by_tile(views: Views, text: Text, solve: Callable[[Tensor, Tensor], Tensor]
 
 def _is_elsewhere(x: Tensor) -> bool:
     """Not on a processor, where looking at who is done costs nothing."""
-    return x.device.type != "cpu" or transport.has_kernels(x.device)
+    return x.device.type != "cpu" or has_kernels(x.device)
 
 
 def _by_image(views: Views, text: Text, solve: Callable[[Tensor], Tensor], scale: float = 1.0) -> Tensor:
