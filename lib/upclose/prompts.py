@@ -424,14 +424,12 @@ def plain(name: str) -> str:
     return re.sub(r"^(?:the|an?)\s+", "", re.sub(r"[\W_]+", " ", name.casefold()).strip())
 
 
-def _match(name: str, there: Mapping[str, str], short: bool) -> str | None:
+def _match(name: str, there: Mapping[str, str], squeezed: Mapping[str, str], short: bool) -> str | None:
     """The key of the sentences of a class: its own name, another spelling, or, for places, the longest shorter name."""
     key = plain(name)
-    if key in there:
-        return there[key]
-    squeezed = {k.replace(" ", ""): v for k, v in there.items()}
-    if key.replace(" ", "") in squeezed:
-        return squeezed[key.replace(" ", "")]
+    for known, spelling in ((there, key), (squeezed, key.replace(" ", ""))):
+        if spelling in known:
+            return known[spelling]
     words = key.split()
     starts = [" ".join(words[:k]) for k in range(len(words) - 1, 0, -1)] if short else []
     return next((there[start] for start in starts if start in there), None)
@@ -458,7 +456,8 @@ def lint(
         raise ValueError(f"two classes are called {twice!r}: sentences go by name, so rename one of them")
     there = {plain(key): key for key in found}
     short = dataset in ("places365", "sun397")
-    keys = {name: name if name in found else _match(name, there, short) for name in names}
+    squeezed = {spelling.replace(" ", ""): key for spelling, key in there.items()}
+    keys = {name: name if name in found else _match(name, there, squeezed, short) for name in names}
     if lost := [name for name, key in keys.items() if key is None]:
         close = difflib.get_close_matches(plain(lost[0]), there, 1, 0.5)
         hint = f"the nearest is {there[close[0]]!r}" if close else "nothing is near"
