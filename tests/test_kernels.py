@@ -258,6 +258,14 @@ def test_a_bank_says_that_its_encoder_ran_compiled(tmp_path):
     assert keys[None] == keys[False] != keys[True]
 
 
+def test_a_bank_of_a_gpu_has_another_key_wherever_it_is_asked_for():
+    """A head without a GPU prepares an encoder for one."""
+    here, there = (encode.load("birdlets-tiny", device="cpu", batch_size=64, runs_on=d) for d in ("cpu", "cuda"))
+    assert bank.key(FakeDataset(), here, PLAN) != bank.key(FakeDataset(), there, PLAN)
+    there._runs_on = torch.device("cpu")
+    assert bank.key(FakeDataset(), here, PLAN) == bank.key(FakeDataset(), there, PLAN)
+
+
 def test_bf16_weights_are_close_and_follow_the_weights():
     encoder, x = encoder_of(clip()), torch.randn(20, 3, 32, 32)
     half = encode.encoder._Half(encoder.visual)

@@ -255,7 +255,10 @@ def _identity(dataset: Dataset, encoder: object, plan: Plan, dtype: str) -> dict
         "preprocessing": shards.PREPROCESSING,
         "plan": {**plan._asdict(), "scale": [float(x) for x in plan.scale], "factor": float(plan.factor)},
         "dtype": dtype,
-        "batch": {"images": shards.BATCH, "crops": int(encoder.batch_size)},
+        "batch": {
+            **({} if getattr(encoder, "whole_batches", False) else {"images": shards.BATCH}),
+            "crops": int(encoder.batch_size),
+        },
     }
 
 

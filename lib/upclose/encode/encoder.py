@@ -128,9 +128,14 @@ class Encoder:
         """Whether `encode_views` takes pictures as they come: on a GPU, where `kernels` cuts them."""
         return crops.has_kernels(self.device)
 
+    @property
+    def whole_batches(self) -> bool:
+        """Whether it `streams` where it does its work, so that all batches have one size."""
+        return crops.has_kernels(self._runs_on)
+
     def compiles(self, count: int) -> bool:
         """Whether `encode_views` of so many crops should run compiled."""
-        return crops.has_kernels(self._runs_on) and count >= COMPILE_FROM if self.compile is None else self.compile
+        return self.whole_batches and count >= COMPILE_FROM if self.compile is None else self.compile
 
     @property
     def spent(self) -> dict[str, float]:
