@@ -100,7 +100,11 @@ class Ragged:
         self.owner, self._column = owner, torch.arange(len(owner), device=owner.device)
         bounds = torch.searchsorted(owner, torch.arange(classes + 1, device=owner.device))
         self.bounds, self._start, self.count = bounds, bounds[:-1], bounds.diff()  # (C + 1,), (C,), (C,)
-        self.share = 1 / self.spread(self.count).double()  # (L,), each column's part of its class
+
+    @property
+    def share(self) -> Tensor:
+        """(L,) float64, each column's part of its class."""
+        return 1 / self.spread(self.count).double()
 
     def sum(self, x: Tensor) -> Tensor:
         """Sums over each class: (L, ...) -> (C, ...)."""

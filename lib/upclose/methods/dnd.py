@@ -90,7 +90,7 @@ def scores(views: Views, text: Text, *, epsilon: float = 0.01, max_iter: int = 1
     if exact:
         return _by_tile(views, text, lambda cosine, column: (_exact(cosine, column) * (cosine - 1)).sum((0, 1)))
     epsilon = _finite(epsilon)
-    if _is_elsewhere(views.crop):
+    if _is_on_a_gpu(views.crop):
         columns = transport.Ragged(text.owner, len(text.label))
         row = views.crop.new_full(views.crop.shape[1:2], 1 / views.crop.shape[1])
         solve = partial(transport.moved_ragged, row=row, columns=columns, max_iter=max_iter, tolerance=TOLERANCE)
@@ -330,9 +330,9 @@ def _by_tile(views: Views, text: Text, solve: Callable[[Tensor, Tensor], Tensor]
     return torch.cat([torch.cat([tile(crop, *block) for block in blocks], 1) for crop in rows])
 
 
-def _is_elsewhere(x: Tensor) -> bool:
-    """Not on a processor, where looking at who is done costs nothing."""
-    return x.device.type != "cpu" or has_kernels(x.device)
+def _is_on_a_gpu(x: Tensor) -> bool:
+    """Where looking at who is done costs more than solving on."""
+    return x.device.type == "cuda" or has_kernels(x.device)
 
 
 def _by_image(views: Views, text: Text, solve: Callable[[Tensor], Tensor], scale: float = 1.0) -> Tensor:
@@ -360,13 +360,13 @@ def _finite(epsilon: float) -> float:
 def _entropic(logit: Tensor, column: Tensor, epsilon: float, max_iter: int, plans: bool) -> Tensor:
     """Plans (N, M, b, c) or <plan, logit> (b, c): stacked where the kernel does not underflow, else one by one."""
     flat, images = logit.flatten(2), logit.shape[2]
-    on_cpu = logit.device.type == "cpu"
-    if on_cpu and not logit.requires_grad and transport.fits(flat):
+    may_look = logit.device.type != "cuda"
+    if may_look and not logit.requires_grad and transport.fits(flat):
         found = transport.sinkhorn_stacked(flat, column.repeat(1, images), max_iter, TOLERANCE, plans)
         return found.unflatten(-1, logit.shape[2:])
     row = logit.new_full((len(logit),), 1 / len(logit))
     cost, column = 1 - epsilon * logit.permute(2, 3, 0, 1).flatten(0, 1), column.T.repeat(images, 1)
-    if on_cpu:
+    if may_look:
         plan = _sinkhorn(cost, row, column, epsilon, max_iter)
     else:
         plan, _ = transport.sinkhorn(cost, row, column, epsilon, max_iter, TOLERANCE, bound=2.0)
