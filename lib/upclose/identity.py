@@ -27,7 +27,7 @@ def ingredients(job: Job, here: bool = True) -> tuple[dict[str, str], list[str]]
         job: its values
         here: it would run on this machine, which must have the device then
     """
-    values, missing = job.values, []
+    values, missing = {"dataset": "birdlets"} | job.values, []  # a notebook that takes none is about Birdlets
     cells = tuple(
         "".join(cell["source"])
         for cell in notebook_cells(job.notebook)
@@ -42,9 +42,8 @@ def ingredients(job: Job, here: bool = True) -> tuple[dict[str, str], list[str]]
         except (ValueError, OSError, RuntimeError) as error:
             missing.append(str(error))
 
-    if values.get("dataset"):
-        with noted():
-            hashes["prompts"] = prompts.identity(values["dataset"])
+    with noted():
+        hashes["prompts"] = prompts.identity(values["dataset"])
     weights = {name: values.get("pretrained", "") for name in values.get("backbones") or [values.get("backbone")]}
     weights |= {values.get("second_backbone"): ""}  # no notebook gives it a tag
     for name, pretrained in weights.items():
