@@ -148,3 +148,27 @@ def test_views_of_a_device_keep_what_is_not_there():
     views = Views(unit(2), unit(2, 3)).to("meta")
     assert views.crop.device.type == "meta"
     assert views.box is None
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "crops"), [("WCA", 8, 7), ("LGCA", 16, 7), ("LGCA", 32, 10), ("CLIP", 1, None)]
+)
+def test_a_budget_is_spent_and_not_exceeded(name, budget, crops):
+    method = evaluate.methods.get(name)
+    assert evaluate.Rule(method, None).within(budget).crops == crops
+    assert method.encodings(crops or 1) <= budget
+    with pytest.raises(ValueError, match="at least"):
+        evaluate.Rule(evaluate.methods.get("WCA"), None).within(1)
+
+
+def test_a_rule_within_a_budget_reads_the_first_crops():
+    generator = torch.Generator().manual_seed(0)
+    image, crop, label, description = (
+        torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+        for shape in ((2, 8), (2, 3, 10, 8), (3, 8), (6, 8))
+    )
+    text = Text(label, description, torch.tensor([0, 0, 1, 1, 2, 2]))
+    ladder = Ladder(image, crop)
+    for name, fewer in (("WCA", ladder.level(0).cut(crops=7)), ("LGCA", ladder.cut(levels=1, crops=3))):
+        rule = evaluate.rules([name], lambda _: text)[name]
+        assert torch.equal(rule.within(8 if name == "WCA" else 4)(ladder), rule(fewer))

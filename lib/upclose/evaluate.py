@@ -27,17 +27,34 @@ NUMBERS = 2**26
 
 
 class Rule(NamedTuple):
-    """A method of the registry, bound to the text that it reads."""
+    """A method of the registry, bound to the text that it reads and, if need be, to so many crops."""
 
     method: methods.Method
     text: Text
+    crops: int | None = None
 
     def __call__(self, views: Views | Ladder) -> Tensor:
         """(B, C) scores; a method of crops reads the first level of a ladder."""
         is_ladder, wants_ladder = isinstance(views, Ladder), "ladder" in self.method.needs
         if wants_ladder and not is_ladder:
             raise ValueError(f"{self.method.name} reads a ladder: give a plan with more than one step")
-        return self.method.function(views.level(0) if is_ladder and not wants_ladder else views, self.text)
+        views = views.level(0) if is_ladder and not wants_ladder else views
+        if self.crops:
+            levels = {"levels": (self.method.encodings(self.crops) - 1) // self.crops} if wants_ladder else {}
+            views = views.cut(crops=self.crops, **levels)
+        return self.method.function(views, self.text)
+
+    def within(self, budget: int) -> Rule:
+        """The same method with as many crops as a budget of encodings an image allows.
+
+        Raises:
+            ValueError: it allows not even one
+        """
+        cost = self.method.encodings
+        if cost(1) > budget:
+            raise ValueError(f"{self.method.name} needs {cost(1)} encodings an image at least, not {budget}")
+        whole = cost(1) == cost(2)  # it reads the whole image alone
+        return self._replace(crops=None if whole else max(n for n in range(1, budget + 1) if cost(n) <= budget))
 
 
 # ------------------------------------------------------------------------------------------------------------ the text

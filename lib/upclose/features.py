@@ -214,6 +214,11 @@ class Views(NamedTuple):
         """The same views of some of the images."""
         return Views(*(None if part is None else part[index] for part in self))
 
+    def cut(self, *, crops: int | None = None) -> Views:
+        """The first crops, as if only those had been drawn."""
+        crop, box, token = (None if part is None else part[:, :crops] for part in (self.crop, self.box, self.crop_cls))
+        return Views(self.image, crop, box, self.image_cls, token)
+
     def to(self, device: torch.device | str) -> Views:
         """The same views on a device."""
         return Views(*_on(device, self))
