@@ -163,12 +163,16 @@ def test_killed_runs(sheet, tmp_path):
     while left > 0:
         root, outcomes = tmp_path / str(trial), []
         while len(outcomes) < min(5, left) and not complete(root)[0]:
-            outcomes.append(kill_one(sheet, root, draw.uniform(0, seconds), SIGNALS[draw.randrange(3)], draw))
+            delay = draw.uniform(0, seconds)
+            if outcome := kill_one(sheet, root, delay, SIGNALS[draw.randrange(3)], draw):
+                outcomes.append(outcome)
+            else:  # it had ended by then
+                seconds = delay
         is_new = not complete(root)[0]
         code, took = timed(sheet, root)
         seconds = took if is_new else seconds  # the machine may be busier, or idler, than it was
         same = code == 0 and complete(root) == (alone, "") and not list(root.glob("*/.partial-*"))
-        for outcome in filter(None, outcomes):
+        for outcome in outcomes:
             left -= 1
             after = "" if same else f"the next call: {code}, {complete(root)}, {list(root.glob('*/.*'))}"
             tally.add((trial, outcome), f"{outcome}; {after}" if after else outcome)
