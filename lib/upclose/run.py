@@ -2,7 +2,7 @@
 
 A run is complete when its `run.json` stands in its folder. It is the last file to be written, into a folder that gets
 its name only then, and it lists the other files with their checksums. One process at a time works on a run. A run whose
-hash (parameters, weights, prompts, data, code) is complete at any date is not run again.
+hash (parameters, notebook, imported code, sentences, weights, data) is complete at any date is not run again.
 """
 
 from __future__ import annotations
