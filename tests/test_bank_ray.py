@@ -149,9 +149,10 @@ def test_an_actor_with_a_gpu_moves_the_encoder_there_and_keeps_its_decoders(tmp_
     seen = [path.name.rsplit("-", 1) for path in folder.iterdir()]
     moves = sorted((where, int(pid) == os.getpid()) for where, pid in seen if where != "decoder")
     # here to main memory, so that nothing on a GPU goes through the object store; then two halves of the GPU
-    assert moves == [("cpu", True), ("cuda", False), ("cuda", False)]
+    assert moves in ([("cpu", True), *[("cuda", False)] * n] for n in (1, 2))  # one may be done before the other starts
     decoders = {pid for where, pid in seen if where == "decoder"}
-    assert decoders == {pid for where, pid in seen if where == "cuda"}  # threads of the actors
+    assert decoders
+    assert decoders <= {pid for where, pid in seen if where == "cuda"}  # threads of the actors
 
 
 def test_an_encoder_on_a_gpu_without_gpus_is_an_error(tmp_path, cluster):
