@@ -288,7 +288,8 @@ def _locally(todo: list[Item], day: Path, workers: int) -> Iterator[tuple[Item, 
 
     ticks: queue.SimpleQueue[str] = queue.SimpleQueue()
     with tqdm(total=sum(_cells(p.job) for p in todo), unit="cell", disable=not todo) as bar:
-        pool = ThreadPoolExecutor(workers)
+        hold = (signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits for a child that still imports: see `_child`
+        pool = ThreadPoolExecutor(workers, initializer=signal.pthread_sigmask, initargs=hold)
         try:
             waiting = {pool.submit(apart, item): item for item in todo}
             while waiting:
@@ -311,7 +312,9 @@ def _locally(todo: list[Item], day: Path, workers: int) -> Iterator[tuple[Item, 
 
 def _child(item: Item, partial: Path, threads: int, send: Connection) -> None:
     """Run one notebook whose kernel has so many threads, unless the caller has set them; `run.json` states them."""
-    signal.signal(signal.SIGTERM, lambda *_: _end())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _end())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -41,7 +41,7 @@ def test_killed_builds(tmp_path, undisturbed):  # noqa: F811
         for _ in range(killed):
             tally.add((trial, delays), "detected" if same else "the next build has other bytes")
         trial += 1
-        assert trial < BUILDS
+        assert trial < 5 * BUILDS  # on an idle machine most builds end before they are killed
     tally.close(BUILDS)
 
 
