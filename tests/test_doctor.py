@@ -81,31 +81,6 @@ def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
     assert list(doctor.missing_prompts(["lazsl", "clip-d"], "dtd")) == ["clip-d of dtd"]
 
 
-def test_encodings_are_counted():
-    about = params.About()
-    pets = {"dataset": "oxford-pets", "crops": 100, "alpha": 0.5, "beta": 0.9, "crop_seeds": [0, 1], "backbone": "x"}
-    kept = {
-        row: doctor.encodings(about, {**pets, "methods": [row]}).kept // 3669 for row in ("CLIP", "WCA (N=16)", "LGCA")
-    }
-    assert kept == {"CLIP": 1, "WCA (N=16)": 201, "LGCA": 1201}
-    assert doctor.encodings(about, {**pets, "methods": ["CLIP", "LGCA", "nobody's"]}).kept == 3669 * 1201
-    fair = {"epochs": 15, "crops": 16, "seeds": [0], "methods": ["CLIP", "FAIR", "FAIR w/o LAS"]}
-    assert doctor.encodings(about, {**pets, **fair})[:2] == (3669, 2 * 3680 * 15 * 20)
-    shots = {"methods": ["Tip-Adapter"], "shots": [1, 16]}
-    assert doctor.encodings(about, {**pets, **shots}).kept == 3669 + 37 * 16
-    whole = params.About(splits=["train", "validation", "test"])
-    assert doctor.encodings(whole, {**pets, **shots}).kept == 3669 + 3680
-
-
-def test_banks_are_told_apart_by_their_crops_only_where_crops_are_drawn():
-    pets = {"dataset": "oxford-pets", "backbone": "x", "crops": 100, "alpha": 0.5, "methods": ["WCA"]}
-    changed = {**pets, "alpha": 0.6}
-    assert doctor.encodings(params.About(), pets).bank != doctor.encodings(params.About(), changed).bank
-    for whole in (pets, changed):
-        whole["methods"] = ["CLIP"]
-    assert doctor.encodings(params.About(), pets).bank == doctor.encodings(params.About(), changed).bank
-
-
 def test_sentences_are_a_methods_own_or_the_cells_or_the_notebooks():
     about = params.About(source="dnd")
     assert doctor._sources(about, {"methods": ["CLIP", "zero-shot", "linear probe", "TransCLIP-ZS"]}) == set()

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from upclose import compare, datasets, encode, methods, params, paths, prompts
+from upclose import compare, costs, datasets, encode, params, paths, prompts
 from upclose.datasets import adapters, registry
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
@@ -87,32 +87,27 @@ def _sources(about: params.About, values: dict[str, Any]) -> set[str]:
     """The prompt sources that a cell reads: a method's own, else the parameter's, else the notebook's."""
     return {
         method.source or values.get("source") or about.source
-        for method in _methods(values)
+        for method in costs.methods_of(values)
         if "descriptions" in method.needs
     }
 
 
-def _methods(values: dict[str, Any]) -> list[methods.Method]:
-    """Of the rows of a cell those that are registered, once a row."""
-    return [method for row in values["methods"] if (method := methods.find(row))]
-
-
-def needs(sheet: params.Sheet) -> dict[str, dict[str, str]]:
-    """What a parameter file needs: kind -> name -> where to get it, "" for what is here.
+def needs(notebook: str, cells: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """What cells of a notebook's parameter file need: kind -> name -> where to get it, "" for what is here.
 
     Kinds are weights, data, prompts and notebook.
     """
     out: dict[str, dict[str, str]] = {"weights": {}, "data": {}, "prompts": {}}
-    about = params.about(sheet.notebook)
-    for _, values in params.cells(sheet):
+    about = params.about(notebook)
+    for values in cells:
         sets = [(values["dataset"], values.get("protocol"))]
         sets += [(values["train_dataset"], None)] if values.get("train_dataset") else []
         out["weights"][_label(values)] = missing_weights(values["backbone"], values["pretrained"])
         for name, protocol in sets:
             out["data"][f"{name} ({registry.entry(name, protocol).protocol})"] = missing_data(name, protocol)
         out["prompts"] |= missing_prompts(_sources(about, values), values["dataset"])
-    run = (paths.NOTEBOOKS / f"{sheet.notebook}.ipynb").is_file()
-    return out | {"notebook": {sheet.notebook: "" if run else "not among the notebooks"}}
+    run = (paths.NOTEBOOKS / f"{notebook}.ipynb").is_file()
+    return out | {"notebook": {notebook: "" if run else "not among the notebooks"}}
 
 
 # ------------------------------------------------------------------------------------------------------------ estimates
@@ -137,78 +132,28 @@ def throughput() -> float:
     return flops * PICTURES * ROUNDS / (time.perf_counter() - start)
 
 
-class Encodings(NamedTuple):
-    """What a cell encodes.
-
-    Attributes:
-        kept: pictures and crops that a bank keeps
-        passing: those of trainings, which draw them anew in every epoch
-        bank: what tells its bank from others'
-    """
-
-    kept: int
-    passing: int
-    bank: tuple[str, ...]
-
-
-def encodings(about: params.About, values: dict[str, Any]) -> Encodings:
-    """What a cell of a parameter file encodes.
-
-    Args:
-        about: its notebook
-        values: of the cell
-    """
-    entry = registry.entry(values["dataset"], values.get("protocol"))
-    source = registry.entry(values["train_dataset"]) if values.get("train_dataset") else entry
-    size = {
-        "train": source.train,
-        "validation": source.validation,
-        "test": (sum(test for _, test in entry.domains.values()) or entry.test) + (source != entry) * source.test,
-    }
-    images = sum(size[split] for split in about.splits)
-    if "train" not in about.splits:
-        images += max(values.get("shots", [0])) * entry.classes
-    trained = [method for method in _methods(values) if {"cls", "encoder"} <= set(method.needs)]
-    scored = [method for method in _methods(values) if method not in trained]
-    crops, kinds = values.get("crops", 0), {"crops", "ladder"}
-    drawn = max((method.encodings(crops) - 1 for method in scored if kinds & set(method.needs)), default=0)
-    passing = source.train * values.get("epochs", 0) * len(values.get("seeds", [0]))
-    names = ["dataset", "protocol", "backbone", "pretrained", *["crops", "alpha", "beta", "tau"] * (drawn > 0)]
-    return Encodings(
-        images * (drawn * len(values.get("crop_seeds", [0])) + 1),
-        passing * sum(method.encodings(crops) for method in trained),
-        tuple(str(values.get(name)) for name in names),
-    )
-
-
 def paper_tables(rate: float) -> list[dict[str, Any]]:
     """A line a parameter file: its runs, what they need, what is missing, disk, hours and the command.
 
     Args:
         rate: GFLOP/s of encoding, see `throughput`
     """
-    facts = compare.backbones().set_index(["name", "pretrained"])
     out = []
     for name, sheet in sheets().items():
-        banks: dict[tuple, tuple[int, Any]] = {}
-        todo = [values for _, values in params.cells(sheet)]
-        passing, flops = 0, 0.0
-        for values in todo:
-            cell = encodings(params.about(sheet.notebook), values)
-            backbone = facts.loc[(values["backbone"], values["pretrained"])]
-            banks[cell.bank] = max(banks.get(cell.bank, (0, None))[0], cell.kept), backbone
-            passing, flops = passing + cell.passing, flops + cell.passing * float(backbone.gflops)
-        flops += sum(n * float(b.gflops) for n, b in banks.values())
-        wanted = needs(sheet)
+        cells = [values for _, values in params.cells(sheet)]
+        works = [costs.work(params.about(sheet.notebook), values) for values in cells]
+        banks = costs.readers(works)
+        encodings = costs.encodings(banks, works)
+        wanted = needs(sheet.notebook, cells)
         missing = [f"{kind} {what}: {get}" for kind, table in wanted.items() for what, get in table.items() if get]
         out.append(
             {
                 "file": name,
                 "reproduces": sheet.reproduces,
-                "runs": len(todo),
-                "encodings": passing + sum(n for n, _ in banks.values()),
-                "hours": round(flops / rate / 3600, 1),
-                "disk_gib": round(sum(n * (2 * int(b.dim) + 16) for n, b in banks.values()) / 2**30, 2),
+                "runs": len(cells),
+                "encodings": encodings.total(),
+                "hours": round(sum(n * costs.gflops(b) for b, n in encodings.items()) / rate / 3600, 1),
+                "disk_gib": round(sum(bank.bytes for bank in banks) / 2**30, 2),
                 "ready": not missing,
                 "needs": wanted,
                 "missing": missing,
