@@ -21,7 +21,7 @@ import torch
 from papermill.parameterize import parameterize_path
 from safetensors.torch import save_file
 
-from upclose import cli, identity, params, paths, report, run
+from upclose import cli, devices, identity, params, paths, report, run
 from upclose.params import ParameterError
 
 CELL = 'dataset: str = "birdlets"  # which\nimages: int = 20  # how many\nseed: int = 0  # of it\n'
@@ -449,13 +449,13 @@ def test_a_long_name_of_the_temporary_folder_ends_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: Apart)
     monkeypatch.setattr(run, "_cells", lambda _: 2)
 
-    def child(item, partial, threads, send):
+    def child(item, partial, threads, gpu, send):
         for said in (run.TICK, run.TICK, run.Outcome(item.job, "done", partial)):
             send.send(said)
 
     monkeypatch.setattr(run, "_child", child)
     items = [planned(tmp_path, name) for name in ("a", "b")]
-    found = {item.job.name: outcome.status for item, outcome in run._locally(items, tmp_path, 2)}
+    found = {item.job.name: outcome.status for item, outcome in run._locally(items, tmp_path, ["", ""])}
     assert found == {"a": "done", "b": "done"}
 
 
@@ -463,9 +463,46 @@ def test_a_process_that_is_killed_is_said_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: Apart)
     monkeypatch.setattr(run, "_cells", lambda _: 1)
     monkeypatch.setattr(run, "_child", lambda *arguments: arguments[-1].close())
-    ((_, outcome),) = run._locally([planned(tmp_path)], tmp_path, 1)
+    ((_, outcome),) = run._locally([planned(tmp_path)], tmp_path, [""])
     assert outcome.status == "failed"
     assert "its process was killed" in outcome.error
+
+
+def test_each_gpu_has_one_notebook_at_a_time_and_none_is_idle(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: Apart)
+    monkeypatch.setattr(run, "_cells", lambda _: 1)
+    busy, most, both = [], [], threading.Barrier(2, timeout=20)
+    first = iter([both.wait, both.wait])  # the first waits until another one is busy too
+
+    def child(item, partial, threads, gpu, send):
+        busy.append(gpu)
+        most.append(sorted(busy))
+        next(first, lambda: None)()
+        busy.remove(gpu)
+        send.send(run.Outcome(item.job, "done", partial))
+
+    monkeypatch.setattr(run, "_child", child)
+    items = [planned(tmp_path, name) for name in "abcde"]
+    assert [outcome.status for _, outcome in run._locally(items, tmp_path, ["3", "7"])] == ["done"] * 5
+    assert ["3", "7"] in most
+    assert all(len(set(names)) == len(names) for names in most)
+
+
+def test_a_notebook_sees_its_own_gpu_only(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.gpus() == ["3", "7"]
+    monkeypatch.setattr(run, "_execute", lambda *_: os.environ["CUDA_VISIBLE_DEVICES"])
+    monkeypatch.setattr(run, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    said = []
+    run._child(None, None, 1, "7", SimpleNamespace(send=said.append))
+    assert said == ["7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert devices.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices.gpus() == []
 
 
 def test_braces_in_a_path_are_no_format(tmp_path):
@@ -486,7 +523,7 @@ def test_a_run_belongs_to_the_day_on_which_its_call_began(tmp_path, monkeypatch)
     today = iter([date(2026, 1, 31), date(2026, 2, 1)])
     monkeypatch.setattr(run, "date", SimpleNamespace(today=lambda: next(today)))
 
-    def locally(todo, day, workers):
+    def locally(todo, day, places):
         for item in todo:
             monkeypatch.setattr(run, "_run_notebook", lambda item, partial, tick: written_here(partial))
             yield item, run._execute(item, run._partial(item, day))

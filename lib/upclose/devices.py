@@ -14,6 +14,13 @@ def has_kernels(device: torch.device) -> bool:
     return (device.type == "cuda" and _has_triton()) or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()][: torch.cuda.device_count()]
+    return [str(k) for k in range(torch.cuda.device_count())]
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -8,10 +8,11 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -20,6 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from upclose import compare, costs, datasets, encode, params, paths, prompts
 from upclose.datasets import adapters, registry
 
+KINDS = ("weights", "data", "prompts", "notebook")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 
@@ -47,6 +49,24 @@ def _label(values: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------ what is missing
 
 
+class Need(NamedTuple):
+    """Something that runs need.
+
+    Attributes:
+        kind: weights, data, prompts or notebook
+        name: within its kind
+        get: where to get it, "" when it is here
+        fetch: downloads it; None when it is here or somebody has to
+        bytes: of the download, 0 where that is not known
+    """
+
+    kind: str
+    name: str
+    get: str = ""
+    fetch: Callable[[], object] | None = None
+    bytes: int = 0
+
+
 def missing_weights(name: str, pretrained: str) -> str:
     """Where to get a backbone that cannot be loaded without a network, "" if it is here. Nothing is downloaded."""
     if name.startswith("birdlets") or Path(pretrained or name).is_file():
@@ -71,16 +91,20 @@ def missing_data(name: str, protocol: str | None = None) -> str:
 
 def missing_prompts(sources: Iterable[str], dataset: str) -> dict[str, str]:
     """The files of sentences that prompt sources read -> where to get them, "" for those that are here."""
-    out = {}
+    return {need.name: need.get for need in _prompts(sources, dataset)}
+
+
+def _prompts(sources: Iterable[str], dataset: str) -> Iterator[Need]:
     for source in sorted({prompts.FILES[source] for source in sources if source in prompts.FILES}):
+        name = f"{source} of {dataset}"
         try:
             file = prompts.find(source, dataset)
         except ValueError:
-            out[f"{source} of {dataset}"] = "not published: give a file of your own, {class: [sentences]}"
+            yield Need("prompts", name, "not published: give a file of your own, {class: [sentences]}")
         else:
-            url = f"https://github.com/{file.repository} (fetched at the first run)"
-            out[f"{source} of {dataset}"] = "" if prompts.local(file).is_file() else url
-    return out
+            here = prompts.local(file).is_file()
+            get = "" if here else f"https://github.com/{file.repository} (fetched at the first run)"
+            yield Need("prompts", name, get, None if here else partial(prompts.fetch, file), int(file.bytes or 0))
 
 
 def _sources(about: params.About, values: dict[str, Any]) -> set[str]:
@@ -92,22 +116,29 @@ def _sources(about: params.About, values: dict[str, Any]) -> set[str]:
     }
 
 
-def needs(notebook: str, cells: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """What cells of a notebook's parameter file need: kind -> name -> where to get it, "" for what is here.
+def needs(notebook: str, cells: Iterable[dict[str, Any]]) -> list[Need]:
+    """What cells of a notebook's parameter file need, each thing once.
 
-    Kinds are weights, data, prompts and notebook.
+    Args:
+        notebook: its name
+        cells: their values, see `params.cells`
     """
-    out: dict[str, dict[str, str]] = {"weights": {}, "data": {}, "prompts": {}}
-    about = params.about(notebook)
+    about, found = params.about(notebook), []
     for values in cells:
+        backbone = costs.Backbone(values["backbone"], values["pretrained"])
+        get = missing_weights(*backbone)
+        load = partial(encode.load, *backbone, "cpu") if get.startswith("https://") else None
+        found.append(Need("weights", backbone.label, get, load))
         sets = [(values["dataset"], values.get("protocol"))]
         sets += [(values["train_dataset"], None)] if values.get("train_dataset") else []
-        out["weights"][_label(values)] = missing_weights(values["backbone"], values["pretrained"])
-        for name, protocol in sets:
-            out["data"][f"{name} ({registry.entry(name, protocol).protocol})"] = missing_data(name, protocol)
-        out["prompts"] |= missing_prompts(_sources(about, values), values["dataset"])
+        for entry in (registry.entry(name, protocol) for name, protocol in sets):
+            get = missing_data(entry.dataset, entry.protocol)
+            load = partial(datasets.download, entry.dataset) if get and entry.get == "datasets.download" else None
+            found.append(Need("data", f"{entry.dataset} ({entry.protocol})", get, load))
+        found += _prompts(_sources(about, values), values["dataset"])
     run = (paths.NOTEBOOKS / f"{notebook}.ipynb").is_file()
-    return out | {"notebook": {notebook: "" if run else "not among the notebooks"}}
+    found.append(Need("notebook", notebook, "" if run else "not among the notebooks"))
+    return list({need[:2]: need for need in found}.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ estimates
@@ -144,7 +175,9 @@ def paper_tables(rate: float) -> list[dict[str, Any]]:
         works = [costs.work(params.about(sheet.notebook), values) for values in cells]
         banks = costs.readers(works)
         encodings = costs.encodings(banks, works)
-        wanted = needs(sheet.notebook, cells)
+        wanted: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+        for need in needs(sheet.notebook, cells):
+            wanted[need.kind][need.name] = need.get
         missing = [f"{kind} {what}: {get}" for kind, table in wanted.items() for what, get in table.items() if get]
         out.append(
             {

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import date
@@ -262,16 +262,26 @@ def _cells(job: Job) -> int:
     return len(notebook_cells(job.notebook))
 
 
-def _locally(todo: list[Item], day: Path, workers: int) -> Iterator[tuple[Item, Outcome]]:
-    """Each job in a process of its own, `workers` at a time that share the cores, with one bar over all cells."""
+def _locally(todo: list[Item], day: Path, places: Sequence[str]) -> Iterator[tuple[Item, Outcome]]:
+    """Each job in a process of its own, one at a time on each place; they share the cores, and one bar over all cells.
+
+    A place is the GPU that its process sees, "" for all that there are.
+    """
     context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, (os.cpu_count() or 1) // len(places))
     running: list[multiprocessing.process.BaseProcess] = []
 
     def apart(item: Item) -> Outcome:
+        place = free.get()
+        try:
+            return begun(item, place)
+        finally:
+            free.put(place)
+
+    def begun(item: Item, place: str) -> Outcome:
         receive, send = context.Pipe(duplex=False)
         partial = _partial(item, day)
-        process = context.Process(target=_child, args=(item, partial, threads, send))
+        process = context.Process(target=_child, args=(item, partial, threads, place, send))
         process.start()
         running.append(process)
         send.close()
@@ -286,10 +296,13 @@ def _locally(todo: list[Item], day: Path, workers: int) -> Iterator[tuple[Item, 
             process.join()
             running.remove(process)
 
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for place in places:
+        free.put(place)
     ticks: queue.SimpleQueue[str] = queue.SimpleQueue()
     with tqdm(total=sum(_cells(p.job) for p in todo), unit="cell", disable=not todo) as bar:
         hold = (signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits for a child that still imports: see `_child`
-        pool = ThreadPoolExecutor(workers, initializer=signal.pthread_sigmask, initargs=hold)
+        pool = ThreadPoolExecutor(len(places), initializer=signal.pthread_sigmask, initargs=hold)
         try:
             waiting = {pool.submit(apart, item): item for item in todo}
             while waiting:
@@ -310,8 +323,10 @@ def _locally(todo: list[Item], day: Path, workers: int) -> Iterator[tuple[Item, 
                 time.sleep(0.1)
 
 
-def _child(item: Item, partial: Path, threads: int, send: Connection) -> None:
+def _child(item: Item, partial: Path, threads: int, gpu: str, send: Connection) -> None:
     """Run one notebook whose kernel has so many threads, unless the caller has set them; `run.json` states them."""
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # the kernel's "cuda" is this one; nothing of CUDA has started here
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _end())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -356,7 +371,13 @@ def _on_ray(todo: list[Item], day: Path, address: str) -> Iterator[tuple[Item, O
         ray.shutdown()
 
 
-def execute(items: list[Item], root: Path | None = None, workers: int = 1, ray: str | None = None) -> list[Outcome]:
+def execute(
+    items: list[Item],
+    root: Path | None = None,
+    workers: int = 1,
+    ray: str | None = None,
+    gpus: Sequence[str] = (),
+) -> list[Outcome]:
     """Run what is not complete, and write the pages of the days, also when interrupted.
 
     Args:
@@ -364,6 +385,7 @@ def execute(items: list[Item], root: Path | None = None, workers: int = 1, ray: 
         root: of the results
         workers: notebooks at a time on this machine
         ray: the address of a Ray cluster, "auto", or "local"
+        gpus: of this machine, as `devices.gpus` names them; a notebook at a time on each, instead of `workers`
 
     Returns:
         An outcome an item, in their order
@@ -384,7 +406,7 @@ def execute(items: list[Item], root: Path | None = None, workers: int = 1, ray: 
     outcomes = {item.run: Outcome(item.job, "complete", item.complete) for item in items if item.complete}
     try:
         if todo:
-            for item, outcome in _on_ray(todo, day, ray) if ray else _locally(todo, day, workers):
+            for item, outcome in _on_ray(todo, day, ray) if ray else _locally(todo, day, gpus or [""] * workers):
                 outcomes[item.run] = outcome
     finally:
         report.refresh(root)
