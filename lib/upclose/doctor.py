@@ -81,7 +81,7 @@ def missing_weights(name: str, pretrained: str) -> str:
 
 def missing_data(name: str, protocol: str | None = None) -> str:
     """Where a data set belongs and how to get it, "" if it is there."""
-    if name == "birdlets" or name.startswith("imagefolder:"):
+    if name == "birdlets" or registry.is_own(name):
         return ""
     entry = registry.entry(name, protocol)
     folder = paths.data() / entry.folder

@@ -8,6 +8,9 @@
 
 A rule is any function of `Views` (or of a `Ladder`, for a plan with steps) that gives (B, C) scores. So a notebook adds
 rules of its own to the dictionary and everything below treats them as it treats the named ones.
+
+A data set may be a file of features (`datasets.Encoded`): its words and its crops are in it, and the encoder only says
+on which device they are reckoned with, None on the CPU.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from upclose import bank, claims, encode, methods, metrics, prompts
-from upclose.features import Dataset, Ladder, Plan, Text, Views
+from upclose import bank, claims, datasets, encode, methods, metrics, prompts
+from upclose.features import Dataset, Ladder, Plan, Text, Views, check_cropped
 
 NUMBERS = 2**26
 """Numbers in a block of views, 256 MB; a block has 256 images where that is less."""
@@ -39,6 +42,8 @@ class Rule(NamedTuple):
         if wants_ladder and not is_ladder:
             raise ValueError(f"{self.method.name} reads a ladder: give a plan with more than one step")
         views = views.level(0) if is_ladder and not wants_ladder else views
+        if "crops" in self.method.needs:
+            check_cropped(views)
         if self.crops:
             levels = {"levels": (self.method.encodings(self.crops) - 1) // self.crops} if wants_ladder else {}
             views = views.cut(crops=self.crops, **levels)
@@ -67,13 +72,17 @@ def text(encoder: encode.Encoder, data: Dataset, source: str, **options) -> Text
 
     Args:
         encoder: of the sentences
-        data: whose classes; its `name`, `split` and `class_names` are read, and nothing else
+        data: whose classes; its `name`, `split` and `class_names` are read, and nothing else. A file of features has
+            words of its own, which are read instead
         source: one of `prompts.SOURCES`
         options: of `prompts.load`: seed, variant, file
 
     Raises:
-        ValueError: an unknown source, or sentences that the linter cannot repair
+        ValueError: an unknown source, sentences that the linter cannot repair, or a file without this source's words
     """
+    if isinstance(data, datasets.Encoded):
+        found = data.text(source)
+        return found.to(encoder.device) if encoder else found
     names = data.class_names
     said = list(prompts.load(source, data.name, data.split, names, **options).values())
     label = said if source == "clip-e" else [prompts.TEMPLATE.format(name) for name in names]
@@ -103,21 +112,28 @@ def read(
     Returns:
         as `bank.Bank.read`, the views and labels on the encoder's device
     """
-    return _on(encoder, bank.build(data, encoder, plan, **options).read(images))
+    return _on(encoder, _source(encoder, data, plan, **options).read(images))
 
 
 def blocks(
     encoder: encode.Encoder, data: Dataset, plan: Plan, **options
 ) -> Iterator[tuple[Views | Ladder, Tensor, Tensor]]:
     """`read`, a block of images at a time: at most 256 of them, and at most `NUMBERS` numbers."""
-    size = NUMBERS // (plan.n * plan.steps * encoder.dim)
-    for block in bank.build(data, encoder, plan, **options).batches(min(256, max(1, size))):
+    source = _source(encoder, data, plan, **options)
+    numbers = source.numbers if isinstance(source, datasets.Encoded) else plan.n * plan.steps * encoder.dim
+    for block in source.batches(min(256, max(1, NUMBERS // max(1, numbers)))):
         yield _on(encoder, block)
 
 
-def _on(encoder: encode.Encoder, block: tuple) -> tuple[Views | Ladder, Tensor, Tensor]:
+def _source(encoder: encode.Encoder, data: Dataset, plan: Plan, **options) -> bank.Bank | datasets.Encoded:
+    if isinstance(data, datasets.Encoded):
+        return data.crop_set(plan)
+    return bank.build(data, encoder, plan, **options)
+
+
+def _on(encoder: encode.Encoder | None, block: tuple) -> tuple[Views | Ladder, Tensor, Tensor]:
     views, label, index = block
-    return views.to(encoder.device), label.to(encoder.device), index
+    return (views.to(encoder.device), label.to(encoder.device), index) if encoder else block
 
 
 # --------------------------------------------------------------------------------------------------------- the methods
@@ -132,13 +148,18 @@ def rules(names: Iterable[str], said: Callable[[str], Text], *, source: str = "c
         source: whose sentences those methods read that bring none (CLIP, multi-crop, WCA, LGCA, D&D)
 
     Raises:
-        ValueError: an unknown method, or one that needs more than views and text
+        ValueError: an unknown method, one that needs more than views and text, or a text without the descriptions that
+            it reads
     """
     found = {name: methods.get(name) for name in names}
     for name, method in found.items():
         if not method.zero_shot:
             raise ValueError(f"{name} needs {', '.join(method.needs)}: call it in the notebook")
-    return {name: Rule(method, said(method.source or source)) for name, method in found.items()}
+    bound = {name: Rule(method, said(method.source or source)) for name, method in found.items()}
+    for name, (method, words, _) in bound.items():
+        if "descriptions" in method.needs and not len(words.description):
+            raise ValueError(f"{name} reads sentences of every class, and the text has none: write text.description")
+    return bound
 
 
 def collect(

@@ -57,9 +57,10 @@ Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_different)]
 
 
 def _registered(name: str) -> str:
-    if name == "imagefolder:":
-        raise ValueError("it names no folder: imagefolder:PATH")
-    if name not in ("", "birdlets") and not name.startswith("imagefolder:"):
+    kind, _, place = name.partition(":")
+    if registry.is_own(name) and not place:
+        raise ValueError(f"it names no place: {kind}:{registry.OWN[kind]}")
+    if name not in ("", "birdlets") and not registry.is_own(name):
         registry.entry(name)
     return name
 

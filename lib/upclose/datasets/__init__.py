@@ -1,5 +1,6 @@
-"""Data sets by name: Birdlets, every data set of the five papers in its official layout, anybody's pictures."""
+"""Data sets by name: Birdlets, every data set of the papers in its official layout, anybody's pictures or features."""
 
+from upclose.datasets.encoded import Encoded
 from upclose.datasets.loading import CountWarning, FolderWarning, Listed, download, get, load
 
-__all__ = ["CountWarning", "FolderWarning", "Listed", "download", "get", "load"]
+__all__ = ["CountWarning", "Encoded", "FolderWarning", "Listed", "download", "get", "load"]

@@ -20,6 +20,7 @@ from torch import Tensor
 from upclose import birdlets, paths
 from upclose.datasets import adapters, registry
 from upclose.datasets.adapters import Items, Record
+from upclose.datasets.encoded import Encoded
 from upclose.features import Dataset
 from upclose.images import begins, load_image
 
@@ -142,7 +143,7 @@ def load(
     domain: str | None = None,
     **options,
 ) -> Dataset:
-    """A data set of the registry, "birdlets", or "imagefolder:PATH".
+    """A data set of the registry, "birdlets", "imagefolder:PATH", or "features:FILE" (see `encoded`).
 
     Args:
         name: of the data set
@@ -171,6 +172,8 @@ def load(
         raise ValueError(f"{name} has no option {next(iter(options))!r}; it takes root, limit, protocol and domain")
     if name.startswith("imagefolder:"):
         data = _imagefolder(Path(name.partition(":")[2]).expanduser(), split)
+    elif name.startswith("features:"):
+        data = Encoded(Path(name.partition(":")[2]).expanduser(), split)
     else:
         data = _registered(registry.entry(name, protocol), split, Path(root) if root else paths.data(), domain)
     if limit and limit < len(data):

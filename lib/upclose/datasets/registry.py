@@ -22,6 +22,12 @@ from typing import NamedTuple
 from upclose import paths, shipped
 
 SPLITS = ("train", "validation", "test")
+OWN = {"imagefolder": "PATH", "features": "FILE"}  # what is not registered: a name is KIND:PLACE
+
+
+def is_own(name: str) -> bool:
+    """Whether a name stands for somebody's own data: a kind of `OWN` and a colon."""
+    return name.partition(":")[0] in OWN and ":" in name
 
 
 class Entry(NamedTuple):
@@ -65,7 +71,7 @@ def entries() -> dict[tuple[str, str], Entry]:
 
 
 def names() -> list[str]:
-    """The data sets of the registry, without Birdlets and imagefolder."""
+    """The data sets of the registry, without Birdlets and one's own."""
     return list(dict.fromkeys(dataset for dataset, _ in entries()))
 
 
@@ -81,7 +87,7 @@ def entry(dataset: str, protocol: str | None = None) -> Entry:
     """
     protocols = [p for name, p in entries() if name == dataset]
     if not protocols:
-        known = [*names(), "birdlets", "imagefolder:PATH"]
+        known = [*names(), "birdlets", *(f"{kind}:{place}" for kind, place in OWN.items())]
         close = difflib.get_close_matches(dataset, known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
         raise ValueError(f"no data set {dataset!r}; {hint}")
