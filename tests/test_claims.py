@@ -1,6 +1,8 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.stats import friedmanchisquare
 
 from upclose import claims
 
@@ -138,3 +140,93 @@ def test_four_times_the_images_halve_the_interval():
     rng = np.random.default_rng(2)
     few, many = (claims.check("", "", *torch.from_numpy(rng.random((2, 1, n)) < 0.5)).half_width for n in (1000, 4000))
     assert few / many == pytest.approx(2, rel=0.05)
+
+
+def methods(n=400):
+    return {"A": hits(0.7, n=n), "B": hits(0.5, sets=1, n=n, seed=1), "C": hits(0.6, n=n, seed=2)}
+
+
+def test_the_matrix_says_of_every_pair_what_a_check_says():
+    measured = methods()
+    found = claims.matrix(claims.pairs(measured, dataset="cub"))
+    assert found[["method", "rival"]].values.tolist() == [["A", "B"], ["A", "C"], ["B", "C"]]
+    for line in found.to_dict("records"):
+        test = claims.check("", "", measured[line["method"]], measured[line["rival"]])
+        assert (line["low"], line["high"], line["p"], line["n"]) == (test.low, test.high, test.p, test.n)
+        assert line["difference"] == pytest.approx(test.difference)
+    assert found["p after Holm"].tolist() == claims.holm(found.p.tolist())
+
+
+def test_pairs_survive_a_file_and_are_as_short_for_many_images(tmp_path):
+    written = claims.pairs(methods(), dataset="cub", backbone="x")
+    written.to_csv(tmp_path / "pairs.csv", index=False)
+    assert claims.matrix(pd.read_csv(tmp_path / "pairs.csv")).equals(claims.matrix(written))
+    assert claims.pairs(methods(4000)).gaps.str.len().max() <= written.gaps.str.len().max() + 7
+
+
+def test_a_methods_gaps_are_counted():
+    two = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool(), torch.tensor([0, 0, 1, 0]).bool()
+    assert claims.pairs({"A": two[0], "B": two[1]}).gaps.tolist() == ["1 0 1 1 1"]
+    with pytest.raises(ValueError, match="gaps of A and B are '1 x 2'"):
+        claims.matrix(pd.DataFrame([{"method": "A", "rival": "B", "gaps": "1 x 2"}]))
+    with pytest.raises(ValueError, match="odd number of counts"):
+        claims.matrix(pd.DataFrame([{"method": "A", "rival": "B", "gaps": "1 2"}]))
+
+
+def test_each_matrix_has_a_correction_of_its_own():
+    several = pd.concat([claims.pairs(methods(n), dataset=d) for d, n in (("cub", 400), ("dtd", 60))])
+    found = claims.matrix(several.reset_index(drop=True))
+    for _, lines in found.groupby("dataset"):
+        assert lines["p after Holm"].tolist() == claims.holm(lines.p.tolist())
+
+
+def test_a_square_changes_its_sign_on_the_other_side():
+    found = claims.matrix(claims.pairs(methods()))
+    square = claims.square(found)
+    assert list(square) == list(square.index) == ["A", "B", "C"]
+    assert np.allclose(square, -square.T, equal_nan=True)
+    assert square.loc["A", "C"] == found.difference[1]
+    p = claims.square(found, "p after Holm")
+    assert p.loc["C", "A"] == p.loc["A", "C"] == found["p after Holm"][1]
+
+
+def test_signs_are_counted_over_backbones():
+    lines = [
+        ("x", "A", "B", 1.0),
+        ("y", "A", "B", 2.0),
+        ("z", "A", "B", -1.0),
+        ("x", "A", "C", 0.0),
+        ("y", "A", "C", -3.0),
+    ]
+    frame = pd.DataFrame(lines, columns=["backbone", "method", "rival", "difference"])
+    assert claims.same_sign(frame).tolist() == ["2 of 3"] * 3 + ["1 of 2"] * 2
+
+
+def test_concordance_is_friedmans_statistic():
+    rng = np.random.default_rng(0)
+    for ties in (False, True):
+        values = rng.integers(0, 4, (5, 7)) if ties else rng.random((5, 7))
+        chi = friedmanchisquare(*values.T).statistic
+        assert claims.concordance(values) == pytest.approx(chi / (5 * (7 - 1)))
+    assert claims.concordance(np.stack([values, values])).shape == (2,)
+
+
+def test_concordance_of_one_order_and_of_opposite_ones():
+    assert claims.concordance([[1, 2, 3], [10, 20, 30], [0.1, 0.2, 0.9]]) == 1
+    assert claims.concordance([[1, 2, 3], [3, 2, 1]]) == 0
+    assert np.isnan(claims.concordance([[1, 1], [2, 2]]))
+
+
+def test_ranks_of_clear_differences_are_alike_and_those_of_none_are_anything():
+    clear = [{"A": hits(0.9, seed=k), "B": hits(0.6, seed=k + 9), "C": hits(0.2, seed=k + 99)} for k in range(3)]
+    assert claims.ranks_alike(clear) == (1, 1, 1)
+    none = [{name: hits(0.5, n=200, seed=9 * k + j) for j, name in enumerate("ABCDE")} for k in range(3)]
+    w, low, high = claims.ranks_alike(none)
+    assert low < 1 / 3 < high
+    assert claims.ranks_alike(none) == (w, low, high)
+    with pytest.raises(ValueError, match="two encoders or more, not on 1"):
+        claims.ranks_alike(clear[:1])
+    with pytest.raises(ValueError, match="same methods"):
+        claims.ranks_alike([clear[0], {"A": clear[1]["A"]}])
+    with pytest.raises(ValueError, match="same images"):
+        claims.ranks_alike([clear[0], {name: hits(0.5, n=9) for name in "ABC"}])

@@ -1,8 +1,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from upclose import cli, compare, report
+from upclose import claims, cli, compare, report
 
 
 def row(value, n=1000, std=0.0, **changes):
@@ -178,3 +179,47 @@ def test_complete_runs_are_collected_and_the_newest_counts(tmp_path, capsys):
 def test_nothing_to_compare_is_one_sentence(tmp_path, capsys):
     assert cli.main(["compare", "--results", str(tmp_path)]) == 2
     assert "no complete run" in capsys.readouterr().err
+
+
+def head_to_head(folder, share, backbone="x"):
+    """A complete run that compared two methods."""
+    right = np.random.default_rng(0).random((3, 200))
+    found = claims.pairs(
+        {"A": torch.from_numpy(right < share), "<b>": torch.from_numpy(right < 0.5)},
+        dataset="cub", backbone=backbone, setting="16 encodings",
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    found.to_csv(folder / "pairs.csv", index=False)
+    pd.DataFrame([row(1.0)]).to_csv(folder / "metrics.csv", index=False)
+    (folder / "run.json").write_text("{}")
+    return claims.matrix(found)
+
+
+def test_compare_writes_method_against_method_from_the_newest_run(tmp_path, capsys):
+    head_to_head(tmp_path / "2026-01-01" / "old", 0.2)
+    new = head_to_head(tmp_path / "2026-01-02" / "new", 0.8)
+    head_to_head(tmp_path / "2026-01-02" / "other", 0.3, "y")
+    assert cli.main(["compare", "--results", str(tmp_path)]) == 0
+    assert "methods.html" in capsys.readouterr().out
+    written = pd.read_csv(tmp_path / "compare" / "methods.csv")
+    assert written.backbone.tolist() == ["x", "y"]
+    assert written["same sign"].tolist() == ["1 of 2"] * 2
+    line = written.iloc[0]
+    for column in ("difference", "low", "high", "p", "p after Holm", "n"):
+        assert line[column] == pytest.approx(new[column][0], abs=1e-4)
+    page = (tmp_path / "compare" / "methods.html").read_text()
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert f"{new.difference[0]:+.1f}*" in page
+    assert f"{-new.difference[0]:+.1f}*" in page
+
+
+def test_a_damaged_matrix_hides_no_other(tmp_path):
+    head_to_head(tmp_path / "2026-01-01" / "a", 0.8)
+    file = tmp_path / "2026-01-02" / "b" / "pairs.csv"
+    head_to_head(file.parent, 0.8, "y")
+    file.write_text(file.read_text().replace("gaps", "gap"))
+    with pytest.warns(UserWarning, match="pairs.csv has no column 'gaps'"):
+        assert report.matrix(tmp_path).backbone.tolist() == ["x"]
+    assert report.matrix(tmp_path / "none").empty
+    assert report.matrices(report.matrix(tmp_path / "none"), tmp_path) == []

@@ -172,3 +172,38 @@ def test_a_rule_within_a_budget_reads_the_first_crops():
     for name, fewer in (("WCA", ladder.level(0).cut(crops=7)), ("LGCA", ladder.cut(levels=1, crops=3))):
         rule = evaluate.rules([name], lambda _: text)[name]
         assert torch.equal(rule.within(8 if name == "WCA" else 4)(ladder), rule(fewer))
+
+
+def unencodable(*_, **__):
+    raise AssertionError("something was encoded")
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "plan", "said"),
+    [
+        ("LGCA", None, Plan("square", 15), "LGCA reads a ladder"),
+        ("LGCA", 64, Plan("square", 15, factor=1.25, steps=2), "LGCA expands 15 crops 2 times: .* too few steps"),
+        ("LGCA", 64, Plan("square", 8, factor=1.25, steps=3), "LGCA reads 15 crops an image, and the plan draws 8"),
+        ("WCA", 16, Plan("square", 9), "WCA reads 15 crops an image, and the plan draws 9"),
+    ],
+)
+def test_what_a_plan_cannot_pay_is_refused_before_anything_is_encoded(
+    encoder, world, any_text, monkeypatch, name, budget, plan, said
+):
+    rule = evaluate.rules([name], lambda _: any_text)[name]
+    rule = rule.within(budget) if budget else rule
+    monkeypatch.setattr(bank, "build", unencodable)
+    with pytest.raises(ValueError, match=said):
+        evaluate.hits(
+            {"CLIP": rule._replace(method=evaluate.methods.get("CLIP")), name: rule}, encoder, world[0], [plan]
+        )
+
+
+@pytest.mark.filterwarnings("ignore::upclose.prompts.PromptWarning")
+def test_sentences_of_another_encoder_are_refused_before_anything_is_encoded(encoder, world, monkeypatch):
+    other = encode.load("birdlets-tiny-whole")
+    assert other.dim == encoder.dim
+    rules = evaluate.rules(["CLIP-D"], evaluate.texts(other, world[0]))
+    monkeypatch.setattr(bank, "build", unencodable)
+    with pytest.raises(ValueError, match="CLIP-D reads sentences of another encoder than birdlets-tiny"):
+        evaluate.hits(rules, encoder, world[0], PLANS)

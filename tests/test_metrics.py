@@ -63,3 +63,19 @@ def test_a_row_of_several_crop_sets():
 def test_one_label_for_all_images_is_refused():
     with pytest.raises(ValueError, match=r"3 images, but labels \(1,\)"):
         metrics.correct(torch.eye(3), torch.tensor([0]))
+
+
+def test_standardised_scores_have_one_spread_and_the_same_answers():
+    scores = torch.tensor([[1.0, 2.0, 6.0], [0.1, 0.3, 0.2], [4.0, 4.0, 4.0]])
+    found = metrics.standardised(scores)
+    assert torch.allclose(found.mean(1), torch.zeros(3), atol=1e-6)
+    assert torch.allclose(found.std(1), torch.tensor([1.0, 1.0, 0.0]))
+    assert found[:2].argmax(1).tolist() == [2, 1]
+    assert torch.allclose(metrics.standardised(5 * scores + 3), found, atol=1e-6)
+
+
+def test_errors_in_common():
+    first, second = torch.tensor([1, 1, 0, 0, 0]).bool(), torch.tensor([1, 0, 1, 0, 0]).bool()
+    assert metrics.errors_in_common(first, second) == metrics.errors_in_common(second, first) == 0.5
+    assert metrics.errors_in_common(first, ~first) == 0
+    assert metrics.errors_in_common(first, first) == 1

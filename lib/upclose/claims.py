@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 RESAMPLES = 10_000
@@ -75,11 +76,11 @@ def interval(better: Tensor, worse: Tensor, resamples: int = RESAMPLES, seed: in
     Raises:
         ValueError: the two were not measured on the same number of images, or on different numbers of crop sets
     """
-    return _bootstrap(better, worse, resamples, seed)[:3]
+    return _bootstrap(*_gaps(better, worse), resamples, seed)[:3]
 
 
-def _bootstrap(better: Tensor, worse: Tensor, resamples: int, seed: int) -> tuple[float, float, float, np.ndarray]:
-    """As `interval`, and the difference in every resample, (resamples,)."""
+def _gaps(better: Tensor, worse: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The different gaps of images, in points, and how many images have each."""
     first, second = (torch.atleast_2d(torch.as_tensor(x)).double() for x in (better, worse))
     if first.shape[1] != second.shape[1] or min(first.shape[1], second.shape[1]) == 0:
         raise ValueError(
@@ -90,12 +91,18 @@ def _bootstrap(better: Tensor, worse: Tensor, resamples: int, seed: int) -> tupl
             f"a paired test needs the same crop sets: one method has {len(first)}, the other {len(second)}"
         )
     gap = 100 * (first - second).numpy().mean(0)  # (n,), broadcast where one method draws no crops
-    values, counts = np.unique(gap.round(9), return_counts=True)
-    n = len(gap)
+    return np.unique(gap.round(9), return_counts=True)
+
+
+def _bootstrap(
+    values: np.ndarray, counts: np.ndarray, resamples: int, seed: int
+) -> tuple[float, float, float, np.ndarray]:
+    """As `interval`, from the gaps of images, and the difference in every resample, (resamples,)."""
+    n = counts.sum()
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, resamples)  # (R, K): n images drawn again
     means = drawn @ values / n
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(gap.mean()), float(low), float(high), means
+    return float(values @ counts / n), float(low), float(high), means
 
 
 def check(
@@ -126,12 +133,25 @@ def check(
         >>> check("C1", "A beats B", better, ~better).verdict
         'holds'
     """
-    difference, low, high, drawn = _bootstrap(better, worse, RESAMPLES, seed)
+    sets = max(len(torch.atleast_2d(torch.as_tensor(hit))) for hit in (better, worse))
+    return _decide(name, text, *_gaps(better, worse), sets, margin, seed, equal_within)
+
+
+def _decide(
+    name: str,
+    text: str,
+    values: np.ndarray,
+    counts: np.ndarray,
+    sets: int,
+    margin: float = 0.0,
+    seed: int = 0,
+    equal_within: float = 1.0,
+) -> Claim:
+    """`check`, from the gaps of images."""
+    difference, low, high, drawn = _bootstrap(values, counts, RESAMPLES, seed)
     verdict = "holds" if low > margin else "fails" if high < margin else "undecided"
     p = min(1.0, 2 * (1 + min((drawn <= margin).sum(), (drawn >= margin).sum())) / (1 + len(drawn)))
-    shape = torch.atleast_2d(torch.as_tensor(better)).shape, torch.atleast_2d(torch.as_tensor(worse)).shape
-    sets = max(shape[0][0], shape[1][0])
-    return Claim(name, text, verdict, difference, low, high, margin, shape[0][1], sets, float(p), equal_within)
+    return Claim(name, text, verdict, difference, low, high, margin, int(counts.sum()), sets, float(p), equal_within)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -205,3 +225,152 @@ def count(claims: list[Claim]) -> str:
         standing = f" ({(rows['after Holm'] == 'stands').sum()} after Holm)" if verdict in ("holds", "fails") else ""
         said += [f"{len(rows)} {word}{standing}"] if len(rows) else []
     return f"{len(claims)} claims: {', '.join(said)}"
+
+
+# -------------------------------------------------------------------------------------------- method against method
+
+
+def pairs(hits: Mapping[str, Tensor], **facts: str) -> pd.DataFrame:
+    """What a paired test of every two methods needs, and nothing more: a line a pair, whatever the number of images.
+
+    Args:
+        hits: {method: (S, n) bool}, as in `interval`, best first; a method without crops may have S = 1
+        facts: columns that stand before, such as dataset="cub"
+
+    Returns:
+        The facts, "method", "rival" (each pair once, in the order of `hits`) and "gaps", 2 S + 1 numbers with spaces
+        between: how many images the method gets right in -S, ..., S crop sets more than the rival does
+
+    Raises:
+        ValueError: as `interval`
+
+    Example:
+        >>> pairs({"A": torch.tensor([True, True, False]), "B": torch.tensor([True, False, False])}).gaps[0]
+        '0 2 1'
+    """
+    sets = max((len(torch.atleast_2d(hit)) for hit in hits.values()), default=1)
+    rows, names = [], list(hits)
+    for k, method in enumerate(names):
+        for rival in names[k + 1 :]:
+            values, counts = _gaps(hits[method], hits[rival])
+            places = (values * sets / 100).round().astype(int) + sets
+            gaps = np.bincount(places, counts, 2 * sets + 1).astype(int)
+            rows.append((*facts.values(), method, rival, " ".join(map(str, gaps))))
+    return pd.DataFrame(rows, columns=[*facts, "method", "rival", "gaps"])
+
+
+def matrix(pairs: pd.DataFrame) -> pd.DataFrame:
+    """A paired test of every two methods, with Holm's correction over all pairs that share their facts.
+
+    Args:
+        pairs: from `pairs`, or several of them with the same columns below each other
+
+    Returns:
+        The lines of `pairs`, with in place of "gaps": "difference" (method minus rival), "low" and "high" in points as
+        `interval` gives them, "p", "p after Holm", "n" images and "sets"
+
+    Raises:
+        ValueError: gaps that are not as `pairs` writes them; names the pair
+    """
+    facts = [column for column in pairs if column not in ("method", "rival", "gaps")]
+    tests = pd.DataFrame([_tested(line) for line in pairs.to_dict("records")], index=pairs.index)
+    found = pairs.drop(columns="gaps").join(tests)
+    groups = found.groupby(facts, sort=False) if facts else [("", found)]
+    corrected = [pd.Series(holm(group.p.tolist()), group.index) for _, group in groups]
+    return found.assign(**{"p after Holm": pd.concat(corrected) if corrected else []})
+
+
+def _tested(line: Mapping[str, str]) -> dict[str, float]:
+    counts = np.array([int(count) if count.isdigit() else -1 for count in str(line["gaps"]).split(" ")])
+    if len(counts) % 2 == 0 or (counts < 0).any() or counts.sum() == 0:
+        raise ValueError(
+            f"the gaps of {line['method']} and {line['rival']} are {line['gaps']!r}, not an odd number of counts"
+        )
+    sets = len(counts) // 2
+    values = (100 * np.arange(-sets, sets + 1) / max(sets, 1)).round(9)
+    there = counts > 0
+    test = _decide("", "", values[there], counts[there], sets)
+    return {"difference": test.difference, "low": test.low, "high": test.high, "p": test.p, "n": test.n, "sets": sets}
+
+
+def square(matrix: pd.DataFrame, column: str = "difference") -> pd.DataFrame:
+    """One matrix as a square: row minus column, NaN on the diagonal.
+
+    Args:
+        matrix: from `matrix`, the lines of one set of facts
+        column: "difference", which changes its sign below the diagonal, or another, which does not
+    """
+    names = list(dict.fromkeys([*matrix.method, *matrix.rival]))
+    above = matrix.pivot(index="method", columns="rival", values=column).reindex(index=names, columns=names)
+    return above.combine_first(-above.T if column == "difference" else above.T).loc[names, names]
+
+
+def same_sign(matrix: pd.DataFrame) -> pd.Series:
+    """On how many backbones a difference has the sign that it has on most.
+
+    Args:
+        matrix: from `matrix`, with a column "backbone"
+
+    Returns:
+        A text a line, "2 of 3"; a difference of zero has no sign
+    """
+    alike = [matrix[column] for column in matrix.loc[:, :"rival"] if column != "backbone"]
+    above, below = ((matrix.difference * sign > 0).groupby(alike).transform("sum") for sign in (1, -1))
+    total = matrix.difference.groupby(alike).transform("size")
+    return np.maximum(above, below).astype(str) + " of " + total.astype(str)
+
+
+def concordance(values: np.ndarray) -> np.ndarray | float:
+    """Kendall's W: how far m judges rank k things alike, from 0 (not at all) to 1 (all the same).
+
+    Ranks that have nothing to do with each other give 1 / m in the mean, two judges that contradict each other 0.
+
+    Args:
+        values: (..., m, k), larger is better; of equal values each has the mean of their ranks
+
+    Returns:
+        (...), NaN where every judge finds all things equal
+
+    Source:
+        Kendall and Smith 1939, "The problem of m rankings"; with Kendall's correction for ties.
+    """
+    values = np.asarray(values, float)
+    m, k = values.shape[-2:]
+    spread = rankdata(values, axis=-1).sum(-2).var(-1) * k  # of the sums of ranks
+    alike = (values[..., :, None] == values[..., None, :]).sum(-1)  # the t of a tie stand here t times
+    ties = (alike**2 - 1).sum((-1, -2))  # t^3 - t a tie
+    with np.errstate(invalid="ignore"):
+        return 12 * spread / (m**2 * (k**3 - k) - m * ties)
+
+
+def ranks_alike(
+    judges: Sequence[Mapping[str, Tensor]], resamples: int = RESAMPLES // 5, seed: int = 0
+) -> tuple[float, float, float]:
+    """Kendall's W of the ranks that several encoders give the same methods, with a 95 % interval over images.
+
+    A resample draws the images again, the same for all encoders. It ranks methods that are nearly equal by chance, so
+    that the interval lies rather low: methods that differ by less than the images tell apart have no rank.
+
+    Args:
+        judges: one an encoder, {method: (S, n) bool} of the same methods and images
+        resamples: of the bootstrap
+        seed: of the bootstrap
+
+    Returns:
+        W, lower and upper end
+
+    Raises:
+        ValueError: fewer than two encoders, or other methods or images
+    """
+    names = list(judges[0]) if judges else []
+    if len(judges) < 2 or any(set(judge) != set(names) for judge in judges):
+        raise ValueError(f"ranks are compared of the same methods on two encoders or more, not on {len(judges)}")
+    rows = [[torch.atleast_2d(judge[name]).double().mean(0).numpy() for name in names] for judge in judges]
+    if len({len(row) for judge in rows for row in judge}) > 1:
+        raise ValueError("ranks are compared on the same images: the encoders have different numbers of them")
+    right = np.array(rows)  # (m, k, n)
+    n = right.shape[2]
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)  # (R, n)
+    drawn = np.moveaxis(right @ weights.T, -1, 0).round(9)  # (R, m, k)
+    low, high = np.nanquantile(concordance(drawn), [0.025, 0.975])
+    return float(concordance(right.sum(2).round(9))), float(low), float(high)

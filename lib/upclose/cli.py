@@ -69,7 +69,8 @@ def _compare(options: argparse.Namespace) -> int:
 
     root = options.results or paths.results()
     measured = report.collect(root)
-    for file in report.tables(measured, options.out or root / "compare"):
+    out = options.out or root / "compare"
+    for file in [*report.tables(measured, out), *report.matrices(report.matrix(root), out)]:
         print(file)
     tables = pd.concat([compare.versus(measured, paper) for paper in compare.papers()])
     kind = tables.status.str.extract("^(off by|incomplete)", expand=False).fillna(tables.status)
@@ -220,7 +221,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--results", type=_folder, help="results folder (default: UPCLOSE_RESULTS, else results/)")
     run.set_defaults(function=_run)
 
-    compare = commands.add_parser("compare", help="write the papers' tables with what complete runs measured beside")
+    compare = commands.add_parser(
+        "compare", help="write what complete runs measured: beside the papers' tables, and method against method"
+    )
     compare.add_argument("--results", type=_folder, help="results folder (default: UPCLOSE_RESULTS, else results/)")
     compare.add_argument("--out", type=_folder, help="folder of the tables (default: compare/ in the results folder)")
     compare.set_defaults(function=_compare)

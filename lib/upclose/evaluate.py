@@ -21,12 +21,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from upclose import bank, claims, datasets, encode, methods, metrics, prompts
 from upclose.features import Dataset, Ladder, Plan, Text, Views, check_cropped
 
 NUMBERS = 2**26
 """Numbers in a block of views, 256 MB; a block has 256 images where that is less."""
+
+_EMBEDDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # label of a text -> fingerprint of its encoder
 
 
 class Rule(NamedTuple):
@@ -45,9 +48,27 @@ class Rule(NamedTuple):
         if "crops" in self.method.needs:
             check_cropped(views)
         if self.crops:
-            levels = {"levels": (self.method.encodings(self.crops) - 1) // self.crops} if wants_ladder else {}
-            views = views.cut(crops=self.crops, **levels)
+            views = views.cut(crops=self.crops, **({"levels": self.levels} if wants_ladder else {}))
         return self.method.function(views, self.text)
+
+    @property
+    def levels(self) -> int:
+        """Sizes of each crop that are encoded, 1 where the number of crops is not bound."""
+        return (self.method.encodings(self.crops) - 1) // self.crops if self.crops else 1
+
+    def check(self, plan: Plan) -> None:
+        """Raise unless the method can be paid from what a plan draws.
+
+        Raises:
+            ValueError: the plan has no ladder, fewer crops or fewer steps than the method reads
+        """
+        name, needs = self.method.name, self.method.needs
+        if "ladder" in needs and plan.steps == 1:
+            raise ValueError(f"{name} reads a ladder: give a plan with more than one step, not {plan}")
+        if (self.crops or 1) > plan.n and {"crops", "ladder"} & {*needs}:
+            raise ValueError(f"{name} reads {self.crops or 1} crops an image, and the plan draws {plan.n}: {plan}")
+        if self.levels > plan.steps and "ladder" in needs:
+            raise ValueError(f"{name} expands {self.crops} crops {self.levels - 1} times: {plan} has too few steps")
 
     def within(self, budget: int) -> Rule:
         """The same method with as many crops as a budget of encodings an image allows.
@@ -86,7 +107,9 @@ def text(encoder: encode.Encoder, data: Dataset, source: str, **options) -> Text
     names = data.class_names
     said = list(prompts.load(source, data.name, data.split, names, **options).values())
     label = said if source == "clip-e" else [prompts.TEMPLATE.format(name) for name in names]
-    return encode.embed_text(encoder, label, said, names)
+    found = encode.embed_text(encoder, label, said, names)
+    _EMBEDDED[found.label] = encoder.fingerprint
+    return found
 
 
 def texts(encoder: encode.Encoder, data: Dataset) -> Callable[[str], Text]:
@@ -182,7 +205,13 @@ def collect(
 
     Returns:
         {method: (S, n, ...)} on the CPU, for the n readable images
+
+    Raises:
+        ValueError: before anything is encoded, a rule that reads more than the plans draw, or sentences that another
+            encoder embedded
     """
+    if not isinstance(data, datasets.Encoded):
+        _check(rules, encoder, plans)
     stream = {name for name, rule in rules.items() if isinstance(rule, Rule) and "stream" in rule.method.needs}
     found: dict[str, list[Tensor]] = {name: [] for name in rules}
     for plan in plans:
@@ -197,6 +226,16 @@ def collect(
         for name, parts in row.items():
             found[name].append(torch.cat(parts))
     return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def _check(rules: Mapping[str, Callable], encoder: encode.Encoder, plans: Sequence[Plan]) -> None:
+    for name, rule in rules.items():
+        if not isinstance(rule, Rule):
+            continue
+        if _EMBEDDED.get(rule.text.label, encoder.fingerprint) != encoder.fingerprint:
+            raise ValueError(f"{name} reads sentences of another encoder than {encoder.name}: embed its text with this")
+        for plan in plans:
+            rule.check(plan)
 
 
 def hits(

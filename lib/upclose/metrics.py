@@ -95,6 +95,27 @@ def confusion(scores: Tensor, label: Tensor) -> Tensor:
     )
 
 
+def standardised(scores: Tensor) -> Tensor:
+    """Scores of an image less their mean and over their spread, so that those of two methods can be averaged.
+
+    Args:
+        scores: (B, C), C >= 2; an image whose classes all have one score keeps zeros
+    """
+    spread = scores.std(1, keepdim=True)
+    return (scores - scores.mean(1, keepdim=True)) / torch.where(spread > 0, spread, 1)
+
+
+def errors_in_common(first: Tensor, second: Tensor) -> float:
+    """Of the images that one of two methods gets wrong or both, the share that both get wrong; NaN without errors.
+
+    Args:
+        first: (...) bool, of `correct`
+        second: the same shape
+    """
+    both, one = (~first & ~second).sum(), (~first | ~second).sum()
+    return (both / one).item()
+
+
 class Spread(NamedTuple):
     """Mean and sample standard deviation over crop sets that were drawn anew; std is NaN for a single one."""
 

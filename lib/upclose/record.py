@@ -1,4 +1,4 @@
-"""The notebook's pen: what a notebook leaves in its run's folder, facts, metrics, claims and figures.
+"""The notebook's pen: what a notebook leaves in its run's folder, facts, metrics, claims, pairs and figures.
 
 Outside a run nothing is written, and every function returns what it would return inside.
 """
@@ -74,6 +74,20 @@ def claims(tested: Sequence[Claim], unit: str = "crop set") -> pd.DataFrame:
     frame = ledger(tested, unit)
     if (folder := paths.run_folder()) is not None:
         frame.map(paths.cell).to_csv(folder / "claims.csv", index=False)
+    return frame
+
+
+def pairs(frame: pd.DataFrame) -> pd.DataFrame:
+    """The run's `pairs.csv`, from which `upclose compare` makes the matrix of every method against every other.
+
+    Args:
+        frame: from `upclose.claims.pairs`, with the columns dataset, backbone and setting
+
+    Returns:
+        The same frame
+    """
+    if (folder := paths.run_folder()) is not None:
+        frame.map(paths.cell).to_csv(folder / "pairs.csv", index=False)
     return frame
 
 

@@ -7,13 +7,14 @@ import html
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
 from PIL import Image
 
-from upclose import compare, images, paths
+from upclose import claims, compare, images, paths
 
 VERDICTS = ("holds", "undecided", "fails")
 _STYLE = """
@@ -159,19 +160,53 @@ def collect(root: Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: there is none
     """
+    if not (tables := _collect(root, "metrics.csv", _measured)):
+        raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
+    return pd.concat(tables, ignore_index=True)
+
+
+def matrix(root: Path) -> pd.DataFrame:
+    """Every method against every other, from the `pairs.csv` of every complete run below a results folder.
+
+    Of two runs with the same data set, backbone and setting the newer counts.
+
+    Returns:
+        As `claims.matrix`, and "same sign": on how many backbones the difference has one sign
+    """
+    tables = _collect(root, "pairs.csv", _tested)
+    frame = pd.concat(tables, ignore_index=True) if tables else claims.pairs({}, **dict.fromkeys(_FACTS, ""))
+    found = frame.drop_duplicates([*_FACTS, "method", "rival"], keep="last", ignore_index=True)
+    return found.assign(**{"same sign": claims.same_sign(found)}) if len(found) else found
+
+
+_FACTS = ("dataset", "backbone", "setting")
+
+
+def _tested(file: Path) -> pd.DataFrame:
+    """A run's `pairs.csv`, tested.
+
+    Raises:
+        ValueError: a column is missing, or a line is no paired test
+    """
+    frame = pd.read_csv(file, keep_default_na=False, dtype=str)
+    if lost := {*_FACTS, "method", "rival", "gaps"} - set(frame):
+        raise ValueError(f"{file.name} has no column {sorted(lost)[0]!r}")
+    return claims.matrix(frame)
+
+
+def _collect(root: Path, name: str, read: Callable[[Path], pd.DataFrame]) -> list[pd.DataFrame]:
+    """A file of every complete run that has it, the oldest first; one that is damaged is left out with a warning."""
     runs = sorted(root.glob("*/[!.]*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
     tables = []
     for run in (file.parent for file in runs):
         try:
             if why := paths.damage(run):
                 raise ValueError(why)
-            if (file := run / "metrics.csv").exists():
-                tables.append(_measured(file))
+            if (file := run / name).exists():
+                tables.append(read(file))
         except (OSError, ValueError) as error:  # one damaged run hides no other
-            warnings.warn(f"{run} is left out: {error}", stacklevel=2)
-    if not tables:
-        raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
-    return pd.concat(tables, ignore_index=True)
+            warnings.warn(f"{run} is left out: {error}", stacklevel=3)
+    return tables
 
 
 def _measured(file: Path) -> pd.DataFrame:
@@ -207,4 +242,34 @@ def tables(measured: pd.DataFrame, folder: Path) -> list[Path]:
         page = table.to_html(index=False, na_rep="", float_format="{:.2f}".format, escape=True)
         title = f"<title>{html.escape(paper)}: paper versus ours</title>"
         paths.write(written[-1], f'<!doctype html>\n<meta charset="utf-8">{title}\n{page}\n'.encode())
+    return written
+
+
+def matrices(tested: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write every method against every other, as `methods.csv` (a line a pair) and `methods.html` (squares).
+
+    Args:
+        tested: from `matrix`
+        folder: is made if need be
+
+    Returns:
+        The files; none where nothing was tested
+    """
+    if tested.empty:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "methods.csv", folder / "methods.html"]
+    paths.write(written[0], tested.map(paths.cell).to_csv(index=False, float_format="%.4f").encode())
+    squares = []
+    for facts, lines in tested.groupby([*_FACTS], sort=False):
+        shown = claims.square(lines).map(lambda gap: f"{gap:+.1f}" if gap == gap else "")
+        stands = claims.square(lines, "p after Holm") < 0.05
+        table = (shown + stands.replace({True: "*", False: ""})).to_html(escape=True)
+        squares.append(f"<h2>{html.escape(', '.join(filter(None, facts)))}: {int(lines.n.iloc[0])} images</h2>{table}")
+    page = (
+        f"<!doctype html>\n<meta charset='utf-8'><title>Method against method</title><style>{_STYLE}</style>\n"
+        "<h1>Method against method</h1><p>Row minus column in points, paired. A star: the difference stands at 5 % "
+        f"after Holm's correction over its table.</p>\n{''.join(squares)}\n"
+    )
+    paths.write(written[1], page.encode())
     return written
