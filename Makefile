@@ -8,7 +8,7 @@ NUMBERED := $(sort $(wildcard notebooks/0*.ipynb))
 OTHERS := $(sort $(wildcard notebooks/ablations/*.ipynb notebooks/complexity/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce ablations test test-all bench bench-gpu site slides lint lab clean
+.PHONY: help reproduce ablations test test-all bench bench-gpu site slides students lint lab clean
 
 help:  ## this page
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,9 +52,13 @@ bench-gpu: $(VENV)/.ready  ## the core on a GPU, each measure beside its limit, 
 site: $(VENV)/.site  ## the book, into site/, from the notebooks as they are committed
 	$(BIN)/python -m sphinx -q -W --keep-going -d .doctrees -b html notebooks site
 	$(BIN)/python -m upclose.explorer site/explorer
+	$(BIN)/python notebooks/students.py site/students
 
 slides: site  ## the numbered notebooks as slides, into site/slides/
 	$(BIN)/python notebooks/slides.py site/slides
+
+students: $(VENV)/.ready  ## the exercises as notebooks with gaps, into students/
+	$(BIN)/python notebooks/students.py students
 
 $(VENV)/.site: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[cluster,dev,notebooks,site]'
@@ -63,6 +67,7 @@ $(VENV)/.site: $(VENV)/.ready
 lint: $(VENV)/.ready  ## mend style and check imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python notebooks/slides.py --tag
 	$(BIN)/lint-imports
 
 lab: $(VENV)/.ready  ## open the notebooks

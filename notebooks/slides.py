@@ -1,7 +1,11 @@
 """Slides of the numbered notebooks: `make slides` writes them into site/slides/ beside the book, whose MathJax they use.
 
 A slide is a section of a notebook: its title, its first equations and sentences, and its first figure. What is said
-and shown is the notebook's, so that there is nothing to keep up to date.
+and shown is the notebook's, so that there is nothing to keep up to date. The cells are tagged as RISE and nbconvert
+read it (`jupyter nbconvert --to slides --no-input`): "slide" begins one, "-" is on it too, "skip" is not shown.
+
+    python notebooks/slides.py FOLDER     the pages
+    python notebooks/slides.py --tag      the tags, anew: cells that were added have none
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import NamedTuple
 from markdown_it import MarkdownIt
 
 MOST = 15
+LEFT_OUT = ("Exercises", "Known deviations")
 WORDS = 55
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -55,19 +60,41 @@ class Slide(NamedTuple):
     figure: str = ""
 
 
+def kinds(cells: list[dict]) -> list[str]:
+    """For each cell how it is shown: a section's first text and its first figure are, for at most `MOST` sections."""
+    found, count, open_ = [], 0, False
+    for cell in cells:
+        heading = cell["cell_type"] == "markdown" and re.search(r"^#{1,2} +(.*)", "".join(cell["source"]), re.M)
+        if heading:
+            open_ = heading[1] not in LEFT_OUT and count < MOST
+            count += open_
+            found.append("slide" if open_ else "skip")
+        else:
+            shown = open_ and bool(_figure(cell))
+            found.append("-" if shown else "skip")
+            open_ = open_ and not shown
+    return found
+
+
+def tag(path: Path) -> None:
+    """Write the kinds of its cells into a notebook, and change nothing else."""
+    book = json.loads(path.read_text(encoding="utf-8"))
+    for cell, kind in zip(book["cells"], kinds(book["cells"])):
+        cell["metadata"]["slideshow"] = {"slide_type": kind}
+    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def slides(cells: list[dict]) -> list[Slide]:
-    """The sections of a notebook, at most `MOST` of them; exercises and deviations are not shown."""
+    """The slides of a notebook, by its cells' tags."""
     found: list[Slide] = []
     for cell in cells:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            for part in re.split(r"^(?=#{1,2} )", source, flags=re.MULTILINE):
-                if heading := re.match(r"#{1,2} +(.*)\n*", part):
-                    found.append(Slide(heading[1], shorten(part[heading.end() :])))
-        elif found and not found[-1].figure:
+        kind = cell["metadata"].get("slideshow", {}).get("slide_type")
+        if kind == "slide":
+            _, title, text = re.split(r"^#{1,2} +(.*)\n*", "".join(cell["source"]), maxsplit=1, flags=re.M)
+            found.append(Slide(title, shorten(re.split(r"^#{1,2} ", text, flags=re.M)[0])))
+        elif kind == "-":
             found[-1] = found[-1]._replace(figure=_figure(cell))
-    left_out = ("Exercises", "Known deviations")
-    return [slide for slide in found if slide.title not in left_out and (slide.text or slide.figure)][:MOST]
+    return found
 
 
 def shorten(text: str) -> str:
@@ -123,13 +150,16 @@ def page(name: str, cells: list[dict]) -> str:
     return PAGE.format(title=html.escape(found[0].title), slides="\n".join(sections))
 
 
-def main(folder: Path) -> None:
-    """Write the slides of every numbered notebook into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def main(folder: str) -> None:
+    """Write the slides of every numbered notebook into a folder, or tag their cells."""
     for path in sorted(Path(__file__).parent.glob("0*.ipynb")):
+        if folder == "--tag":
+            tag(path)
+            continue
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        (folder / f"{path.stem}.html").write_text(page(path.stem, cells), encoding="utf-8")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{path.stem}.html").write_text(page(path.stem, cells), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])

@@ -57,17 +57,28 @@ def deck():
 
 def test_a_slide_is_a_section_with_its_equation_and_its_first_figure(deck):
     cells = [
-        {"cell_type": "markdown", "source": "# T\n\nOne. Two.\n\n## 1. A <b>\n\nWhy $x<y$ *so*.\n\n$$ s = 1 $$"},
+        {"cell_type": "markdown", "source": "# T\n\nOne. Two."},
+        {"cell_type": "markdown", "source": "Before.\n\n## 1. A <b>\n\nWhy $x<y$ *so*.\n\n$$ s = 1 $$"},
         {"cell_type": "code", "source": "", "outputs": [{"data": {}}, {"data": {"image/png": "AAA"}}]},
         {"cell_type": "code", "source": "", "outputs": [{"data": {"image/png": "CCC"}}]},
         {"cell_type": "markdown", "source": "## Exercises\n\n1. Do."},
     ]  # fmt: skip
+    assert deck.kinds(cells) == ["slide", "slide", "-", "skip", "skip"]
+    cells = [c | {"metadata": {"slideshow": {"slide_type": k}}} for c, k in zip(cells, deck.kinds(cells))]
     first, second = deck.slides(cells)
     assert first == ("T", "One. Two.", "")
     assert second == ("1. A <b>", "Why $x<y$ *so*.\n\n$$ s = 1 $$", "data:image/png;base64,AAA")
     page = deck.page("n", cells)
     assert "1. A &lt;b&gt;" in page
     assert "$x&lt;y$ <em>so</em>" in page
+
+
+@pytest.mark.parametrize("path", sorted(paths.NOTEBOOKS.glob("0*.ipynb")), ids=lambda p: p.stem)
+def test_a_notebooks_slides_are_few_and_tagged(deck, path):
+    cells = json.loads(path.read_text())["cells"]
+    kinds = [cell["metadata"].get("slideshow", {}).get("slide_type") for cell in cells]
+    assert kinds == deck.kinds(cells), "its cells have changed: run `python notebooks/slides.py --tag`"
+    assert 5 <= kinds.count("slide") <= 15
 
 
 def test_a_long_text_ends_with_a_sentence(deck):
