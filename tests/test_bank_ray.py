@@ -1,5 +1,6 @@
 """A bank built by a real Ray cluster is the local one, also when a worker is killed while it builds."""
 
+import io
 import os
 import signal
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from bank_world import PLAN, SHARD, FakeDataset, FakeEncoder, contents
-from upclose import bank
+from upclose import bank, datasets
 from upclose.bank import BankError
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "upclose[cluster]"')
@@ -94,6 +96,18 @@ def test_a_shard_that_kills_every_worker_is_named(tmp_path, cluster):
     with pytest.raises(BankError, match=r"lost the worker 4 times at images \(16, 24\)"):
         spread(tmp_path, Poisoned(N), workers=1)
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 2  # those before it are kept
+
+
+def test_pictures_in_tars_give_the_local_bank_when_a_worker_goes_through_a_tar(tmp_path, cluster):
+    wds = pytest.importorskip("webdataset", reason='needs the extra: pip install "upclose[webdataset]"')
+    with wds.ShardWriter(f"{tmp_path}/%d.tar", maxcount=20, verbose=0) as sink:
+        for i in range(N):
+            Image.new("RGB", (9, 8), (i, 2 * i, 3 * i)).save(packed := io.BytesIO(), "PNG")
+            sink.write({"__key__": f"s{i:07d}", "png": packed.getvalue(), "cls": i % 2})
+    (tmp_path / "classnames.txt").write_text("a\nb\n")
+    data = datasets.load(f"webdataset:{tmp_path}/{{0..3}}.tar")
+    assert len(data.tar_starts) == 4
+    assert spread(tmp_path / "ray", data) == local(tmp_path / "local", data)
 
 
 def test_unreadable_pictures_are_reported_as_they_are_locally(tmp_path, cluster):

@@ -21,7 +21,8 @@ def test_environment_and_pyproject_name_the_same_packages_and_ranges():
     for line in conda - {python}:
         name = line.split(">")[0]
         renamed.add(line.replace(name, CONDA.get(name, name), 1))
-    assert renamed == {*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["notebooks"]}
+    extras = PROJECT["optional-dependencies"]
+    assert renamed == {*PROJECT["dependencies"], *extras["notebooks"], *extras["webdataset"]}
 
 
 def test_every_line_of_the_environment_gives_a_reason():

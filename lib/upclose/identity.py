@@ -43,7 +43,7 @@ def ingredients(job: Job, here: bool = True) -> tuple[dict[str, str], list[str]]
             missing.append(str(error))
 
     with noted():
-        hashes["prompts"] = prompts.identity(values["dataset"])
+        hashes["prompts"] = prompts.identity(_named(values["dataset"], values.get("split", "test")))
     weights = {name: values.get("pretrained", "") for name in values.get("backbones") or [values.get("backbone")]}
     weights |= {values.get("second_backbone"): ""}  # no notebook gives it a tag
     for name, pretrained in weights.items():
@@ -113,6 +113,15 @@ def _weights(backbone: str, pretrained: str) -> str:
             return encode.identity(backbone, pretrained or None)
         except UserWarning as warning:
             raise ValueError(str(warning)) from None
+
+
+@cache
+def _named(dataset: str, split: str) -> str:
+    """The name under which sentences are published: of a collection of shards, that of the data set that it is."""
+    if dataset.startswith("webdataset:"):
+        with suppress(ValueError, OSError):  # what is missing is said where the data are asked for
+            return datasets.load(dataset, split).name
+    return dataset
 
 
 @cache

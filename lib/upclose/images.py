@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -44,7 +45,7 @@ class ImageError(ValueError):
         return f"cannot read picture {self.path!r}: {self.reason}"
 
 
-def load_image(path: str | os.PathLike) -> Tensor:
+def load_image(path: str | os.PathLike, content: bytes | None = None) -> Tensor:
     """Decode an image file as the eye would see it.
 
     Turned upright by its EXIF orientation; grey, palette and CMYK become RGB; 16-bit grey and colour keep their high
@@ -53,6 +54,7 @@ def load_image(path: str | os.PathLike) -> Tensor:
 
     Args:
         path: of a regular file in one of `FORMATS`
+        content: of the file, where it lies in another one; `path` is then its name only
 
     Returns:
         uint8 (3, H, W)
@@ -63,9 +65,9 @@ def load_image(path: str | os.PathLike) -> Tensor:
         OSError: the disk or the network failed, which says nothing about the picture
     """
     try:
-        if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
+        if content is None and not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
             raise ImageError(path, "it is no regular file but a pipe, a socket or a device")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(path, f"{width} x {height} pixels are more than {MAX_PIXELS:,} (decompression bomb?)")
@@ -77,7 +79,7 @@ def load_image(path: str | os.PathLike) -> Tensor:
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ImageError(path, error.strerror) from None
     except Image.UnidentifiedImageError:
-        raise ImageError(path, _not_an_image(path)) from None
+        raise ImageError(path, _not_an_image(path, content)) from None
     except Image.DecompressionBombError:
         raise ImageError(path, f"more than {MAX_PIXELS:,} pixels (decompression bomb?)") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
@@ -102,8 +104,8 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _not_an_image(path: str | os.PathLike) -> str:
-    with Path(path).open("rb") as file:
+def _not_an_image(path: str | os.PathLike, content: bytes | None) -> str:
+    with Path(path).open("rb") if content is None else io.BytesIO(content) as file:
         start = file.read(16)
     if not start:
         return "the file is empty (0 bytes)"

@@ -298,7 +298,7 @@ def _fill(work: shards.Work, identity: dict, size: int, progress: bool | None, s
         _check_errors({"errors": _listed(done, dataset)}, work.on_error)
     todo, position = [], 0
     for start, stop in [(entry["start"], entry["stop"]) for entry in done] + [(len(dataset), None)]:
-        todo += [(first, min(first + size, start)) for first in range(position, start, size)]
+        todo += shards.cut(dataset, position, start, size)
         position = stop
     each = plan.n * plan.steps
     with tqdm(

@@ -1,11 +1,14 @@
-"""Shards spread over a Ray cluster: an actor holds the encoder, a shard is one task, a lost one is done again."""
+"""Shards spread over a Ray cluster: an actor holds the encoder, a shard is one task, a lost one is done again.
+
+Where pictures lie in tars an actor goes through one tar after the other; with none left it helps with the longest.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from types import ModuleType
 
@@ -74,13 +77,14 @@ def _spread(ray: ModuleType, work: shards.Work, workers, gpus, todo, advance) ->
         new = actor.remote(shared, threads, gpus)
         waiting[new.ready.remote()] = (new, None)
 
-    todo, idle, entries, lost = list(reversed(todo)), [], [], Counter()
+    queue, idle, entries, lost = Queue(shards.runs(work.dataset, todo)), [], [], Counter()
     try:
         for _ in range(workers):
             hire()
-        while todo or any(shard for _, shard in waiting.values()):
-            while todo and idle:
-                worker, shard = idle.pop(), todo.pop()
+        while queue or any(shard for _, shard in waiting.values()):
+            while queue and idle:
+                worker = idle.pop()
+                shard = queue.take(worker)
                 waiting[worker.make.remote(shard)] = (worker, shard)
             task = ray.wait(list(waiting))[0][0]
             worker, shard = waiting.pop(task)
@@ -94,7 +98,7 @@ def _spread(ray: ModuleType, work: shards.Work, workers, gpus, todo, advance) ->
                         f"(out of memory?): {error}"
                     ) from error
                 if shard:
-                    todo.append(shard)
+                    queue.put_back(worker, shard)
                 hire()
                 continue
             except ray.exceptions.RayTaskError as error:
@@ -108,6 +112,30 @@ def _spread(ray: ModuleType, work: shards.Work, workers, gpus, todo, advance) ->
         for worker in [*idle, *(worker for worker, _ in waiting.values())]:
             ray.kill(worker)
     return entries
+
+
+class Queue:
+    """What is to be made: runs of shards, of which each worker goes through one after the other."""
+
+    def __init__(self, runs: list[list[tuple[int, int]]]):
+        self._left = deque(map(deque, runs))
+        self._held: dict[object, deque] = {}
+
+    def __bool__(self) -> bool:
+        return any(self._left) or any(self._held.values())
+
+    def take(self, worker: object) -> tuple[int, int]:
+        """A worker's next shard: of its own run, else of a new one, else of the longest that another holds."""
+        if not self._held.get(worker):
+            self._held[worker] = self._left.popleft() if self._left else max(self._held.values(), key=len)
+        return self._held[worker].popleft()
+
+    def put_back(self, worker: object, shard: tuple[int, int]) -> None:
+        """A worker is lost, and so is its shard: the next that is idle goes on with its run."""
+        run = self._held.pop(worker)
+        run.appendleft(shard)
+        if not any(run is other for other in self._held.values()):
+            self._left.appendleft(run)
 
 
 class Worker:

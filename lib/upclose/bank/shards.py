@@ -6,6 +6,7 @@ eight pictures always meet the encoder together; an encoder that `streams` takes
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import itertools
@@ -60,6 +61,25 @@ class Picture(NamedTuple):
     box: Tensor | None
     error: ImageError | None = None
     ready: object | None = None
+
+
+def cut(dataset: Dataset, start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """The ranges of images that become shards: of at most `size` images, none of which reaches over two tars."""
+    starts = getattr(dataset, "tar_starts", [])
+    inside = starts[bisect.bisect_right(starts, start) : bisect.bisect_left(starts, stop)]
+    return [
+        (first, min(first + size, end))
+        for begin, end in itertools.pairwise([start, *inside, stop])
+        for first in range(begin, end, size)
+    ]
+
+
+def runs(dataset: Dataset, ranges: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The ranges in groups that a worker reads one after the other: those of one tar, else each by itself."""
+    starts = getattr(dataset, "tar_starts", [])
+    if not starts:
+        return [[shard] for shard in ranges]
+    return [list(group) for _, group in itertools.groupby(ranges, lambda shard: bisect.bisect_right(starts, shard[0]))]
 
 
 def make(

@@ -2,5 +2,17 @@
 
 from upclose.datasets.encoded import Encoded
 from upclose.datasets.loading import CountWarning, FolderWarning, Listed, download, get, load
+from upclose.datasets.tars import CollectionWarning, ShardError, Tars
 
-__all__ = ["CountWarning", "Encoded", "FolderWarning", "Listed", "download", "get", "load"]
+__all__ = [
+    "CollectionWarning",
+    "CountWarning",
+    "Encoded",
+    "FolderWarning",
+    "Listed",
+    "ShardError",
+    "Tars",
+    "download",
+    "get",
+    "load",
+]

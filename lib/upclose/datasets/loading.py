@@ -18,7 +18,7 @@ import torchvision.datasets as tv
 from torch import Tensor
 
 from upclose import birdlets, paths
-from upclose.datasets import adapters, registry
+from upclose.datasets import adapters, registry, tars
 from upclose.datasets.adapters import Items, Record
 from upclose.datasets.encoded import Encoded
 from upclose.features import Dataset
@@ -143,7 +143,9 @@ def load(
     domain: str | None = None,
     **options,
 ) -> Dataset:
-    """A data set of the registry, "birdlets", "imagefolder:PATH", or "features:FILE" (see `encoded`).
+    """A data set of the registry, "birdlets", or one's own.
+
+    That is "imagefolder:PATH", a folder a class, "webdataset:PLACE" (see `tars`) or "features:FILE" (`encoded`).
 
     Args:
         name: of the data set
@@ -174,6 +176,9 @@ def load(
         data = _imagefolder(Path(name.partition(":")[2]).expanduser(), split)
     elif name.startswith("features:"):
         data = Encoded(Path(name.partition(":")[2]).expanduser(), split)
+    elif name.startswith("webdataset:"):
+        place = os.path.expanduser(name.partition(":")[2])
+        data = tars.open_tars(place, split, str(root or paths.data()), protocol)
     else:
         data = _registered(registry.entry(name, protocol), split, Path(root) if root else paths.data(), domain)
     if limit and limit < len(data):

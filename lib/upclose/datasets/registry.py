@@ -22,7 +22,7 @@ from typing import NamedTuple
 from upclose import paths, shipped
 
 SPLITS = ("train", "validation", "test")
-OWN = {"imagefolder": "PATH", "features": "FILE"}  # what is not registered: a name is KIND:PLACE
+OWN = {"imagefolder": "PATH", "features": "FILE", "webdataset": "PLACE"}  # what is not registered: a name is KIND:PLACE
 
 
 def is_own(name: str) -> bool:
