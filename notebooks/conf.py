@@ -24,7 +24,7 @@ extensions = [
     "sphinxcontrib.bibtex",
     "sphinx-mathjax-offline",
 ]
-exclude_patterns = ["**.ipynb_checkpoints"]
+exclude_patterns = ["**.ipynb_checkpoints", "generated/prices.md"]  # which a page includes
 bibtex_bibfiles = ["references.bib"]
 nitpicky = False
 default_role = "code"
@@ -102,6 +102,44 @@ def tables(app) -> None:
         for d in days
     ]
     (folder / "days.html").write_text(f"<ul>{''.join(rows)}</ul>\n", encoding="utf-8")
+
+
+CARD = 100_000  # GFLOP/s, assumed: a third of the 312 TFLOP/s (bf16) in an A100's data sheet
+CORES = 20.3  # crops a second of ViT-B/32 in float32, measured on two cores: results/benchmarks.md
+
+
+def prices(app) -> None:
+    """Write the table of what every published table costs, reckoned from its parameter file."""
+    import pandas as pd
+
+    from upclose import costs, doctor
+
+    cores = CORES * costs.gflops(costs.Backbone("ViT-B-32-quickgelu", "openai"))
+    rows = [
+        {
+            "table": line["reproduces"],
+            "upclose reproduce": line["file"],
+            "runs": line["runs"],
+            "encodings, millions": f"{line['encodings'] / 1e6:,.2f}",
+            "banks, GiB": f"{line['disk_gib']:,.1f}",
+            "hours on a card": _hours(line["hours"] / CARD),
+            "hours on two cores": _hours(line["hours"] / cores),
+        }
+        for line in doctor.paper_tables(1.0)
+    ]
+    page = pd.DataFrame(rows).to_html(index=False, escape=True, border=0)
+    said = (
+        f"Estimates, not measurements. A card: {CARD / 1000:.0f} TFLOP/s, a third of the 312 (bf16, dense) of an A100's "
+        f"data sheet, an assumption. Two cores: {cores:.0f} GFLOP/s, from {CORES} crops a second of ViT-B/32 in float32, "
+        "measured ([benchmarks](../pages/results.md))."
+    )
+    (Path(app.srcdir) / "generated" / "prices.md").write_text(
+        f"{said}\n\n```{{raw}} html\n<div class='wide'>{page}</div>\n```\n", encoding="utf-8"
+    )
+
+
+def _hours(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}" if number >= 0.1 else "< 0.1"
 
 
 def _html(lines) -> str:
@@ -255,6 +293,7 @@ def setup(app) -> None:
     """Sphinx's hook."""
     app.connect("builder-inited", check_outputs)
     app.connect("builder-inited", tables)
+    app.connect("builder-inited", prices)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("doctree-read", times)
     app.connect("doctree-resolved", captions)

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -30,3 +31,42 @@ def browser():
     driver.set_script_timeout(300)
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """An empty machine; gives a maker of small models under published names, with random weights in the hub's cache."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    from upclose import compare
+
+    for name in ("CACHE", "DATA", "RESULTS"):
+        monkeypatch.setenv(f"UPCLOSE_{name}", str(tmp_path / name.lower()))
+    monkeypatch.delenv("UPCLOSE_BANK", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {**open_clip.factory._MODEL_CONFIGS})
+    configs, startup = tmp_path / "configs", tmp_path / "ipython" / "profile_default" / "startup"
+    configs.mkdir()
+    startup.mkdir(parents=True)  # what every kernel does before its first cell
+    (startup / "00.py").write_text(f"import open_clip\nopen_clip.add_model_config(r'{configs}')\n")
+
+    def shrink(name, pretrained, config):
+        (configs / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(configs)
+        (hub,) = compare.backbones().query("name == @name and pretrained == @pretrained").hub
+        folder = tmp_path / "hub" / f"models--{hub.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        state = open_clip.create_model(name, pretrained_text=False).state_dict()
+        save_file(
+            {key: value.clone() for key, value in state.items()},
+            folder / "snapshots" / ("0" * 40) / "open_clip_model.safetensors",
+        )
+
+    return shrink

@@ -1,58 +1,11 @@
 """A whole published table on miniature trees: real layouts, real names of weights, random numbers."""
 
-import json
-
-import open_clip
 import pytest
-from safetensors.torch import save_file
 
 import trees
 from upclose import compare, params, paths, report, run
 
 SMALL = {"precision": "fp32", "epochs": 1, "seeds": [0, 1], "samples": 2}
-VISION = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
-CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT}
-COCA = {
-    "embed_dim": 64,
-    "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-    "text_cfg": {**TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": {**TEXT, "context_length": 76, "attn_pooler_heads": 1},
-    "custom_text": True,
-}
-
-
-@pytest.fixture
-def lab(tmp_path, monkeypatch):
-    """An empty machine; gives a maker of small models under published names, with random weights in the hub's cache."""
-    for name in ("CACHE", "DATA", "RESULTS"):
-        monkeypatch.setenv(f"UPCLOSE_{name}", str(tmp_path / name.lower()))
-    monkeypatch.delenv("UPCLOSE_BANK", raising=False)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {**open_clip.factory._MODEL_CONFIGS})
-    configs, startup = tmp_path / "configs", tmp_path / "ipython" / "profile_default" / "startup"
-    configs.mkdir()
-    startup.mkdir(parents=True)  # what every kernel does before its first cell
-    (startup / "00.py").write_text(f"import open_clip\nopen_clip.add_model_config(r'{configs}')\n")
-
-    def shrink(name, pretrained, config):
-        (configs / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(configs)
-        (hub,) = compare.backbones().query("name == @name and pretrained == @pretrained").hub
-        folder = tmp_path / "hub" / f"models--{hub.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40)
-        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
-        state = open_clip.create_model(name, pretrained_text=False).state_dict()
-        save_file(
-            {key: value.clone() for key, value in state.items()},
-            folder / "snapshots" / ("0" * 40) / "open_clip_model.safetensors",
-        )
-
-    return shrink
 
 
 @pytest.mark.slow
@@ -62,8 +15,8 @@ def test_lares_first_table_fills_its_comparison(lab):
     notebook = params.read(file).notebook
     if not (paths.NOTEBOOKS / f"{notebook}.ipynb").is_file():
         pytest.skip(f"the notebook {notebook} is not among those that have been run")
-    lab("ViT-L-14-quickgelu", "openai", CLIP)
-    lab("coca_ViT-L-14", "laion2b_s13b_b90k", COCA)
+    lab("ViT-L-14-quickgelu", "openai", trees.CLIP)
+    lab("coca_ViT-L-14", "laion2b_s13b_b90k", trees.COCA)
     for dataset in ("cub", "cub-painting", "domainnet-40"):
         trees.make(paths.data(), dataset, each=5)
     outcomes = run.execute(run.prepare(params.jobs(file, SMALL)))

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from upclose import paths
+from upclose import costs, doctor, paths
 
 pytest.importorskip("sphinx", reason="the extra `site` is not installed")
 pytest.importorskip("myst_nb", reason="the extra `site` is not installed")
 pytestmark = pytest.mark.xdist_group("site")  # which is built once
 PAGES = ("index", "00_start_here", "02_lazsl", "guide", "pages/what_holds", "generated/lgca", "reference/upclose.crops")
+PAGES += ("pages/reproduce_a_table",)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,19 @@ def test_a_notebook_with_an_error_in_its_outputs_stops_the_build(conf, tmp_path,
     monkeypatch.setattr(conf, "ROOT", tmp_path)
     with pytest.raises(conf.ExtensionError, match=r"bad\.ipynb, cell 1: its output is an error, ValueError"):
         conf.check_outputs(SimpleNamespace())
+
+
+def test_the_prices_of_all_tables_name_the_constants_they_rest_on(conf, tmp_path):
+    (tmp_path / "generated").mkdir()
+    conf.prices(SimpleNamespace(srcdir=tmp_path))
+    page = (tmp_path / "generated" / "prices.md").read_text()
+    assert page.startswith("Estimates, not measurements. A card: 100 TFLOP/s")
+    assert "20.3 crops a second of ViT-B/32" in page
+    assert re.findall(r"<tr>\s*<td>.*</td>\s*<td>(.*)</td>", page) == [*doctor.sheets()]
+    lare = page.split("<td>lare-table2</td>")[1].split("</tr>")[0]
+    each = 60_000 * costs.gflops(costs.Backbone("coca_ViT-L-14", "laion2b_s13b_b90k")) / 3600
+    assert f"<td>{each / (20.3 * 8.82):.0f}</td>" in lare
+    assert "<td>&lt; 0.1</td>" in lare
 
 
 @pytest.fixture(scope="module")

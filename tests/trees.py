@@ -15,6 +15,19 @@ from upclose.datasets.adapters import _COOP, _EUROSAT
 PARTS = {"train": "train", "validation": "val", "test": "test"}
 
 
+# Configurations of small models that stand under the names of published ones.
+VISION = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT}
+COCA = {
+    "embed_dim": 64,
+    "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    "text_cfg": {**TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {**TEXT, "context_length": 76, "attn_pooler_heads": 1},
+    "custom_text": True,
+}
+
+
 @cache
 def _encoded(value: int) -> bytes:
     with io.BytesIO() as file:

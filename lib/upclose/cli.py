@@ -1,4 +1,4 @@
-"""The command line: `upclose run`, `upclose compare`, `upclose bank`, `upclose doctor`."""
+"""The command line: `upclose run`, `upclose reproduce`, `upclose compare`, `upclose bank`, `upclose doctor`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pandas as pd
 
@@ -19,6 +19,7 @@ EPILOG = """examples
   upclose run params/birdlets/*.yaml --workers 2            several, two at a time
   upclose run params/papers/lare-table1.yaml --dry-run      what a published table would take here
   upclose run params/papers/lare-table1.yaml -p dataset=cub-painting -p device=cuda
+  upclose reproduce lgca-table1 --dry-run                   the same, with prices; without --dry-run fetch, run, compare
   upclose compare                                           the papers' tables with what the runs measured
   upclose bank ls                                           encoded features on this machine
   upclose explain bird.jpg --classes mine.json --out page   what the methods match in a picture of yours
@@ -29,15 +30,21 @@ A run that is complete at any date is not run again; Ctrl-C loses only the noteb
 """
 
 
+def _overrides(given: Sequence[str]) -> dict[str, Any]:
+    from upclose import params
+
+    pairs = [params.override(text) for text in given]
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise params.ParameterError(f"-p {twice} is given twice; a value can only be one")
+    return dict(pairs)
+
+
 def _run(options: argparse.Namespace) -> int:
     from upclose import params, paths, run
 
-    given = [params.override(text) for text in options.parameter]
-    overrides = dict(given)
-    if len(overrides) < len(given):
-        names = [name for name, _ in given]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise params.ParameterError(f"-p {twice} is given twice; a value can only be one")
+    overrides = _overrides(options.parameter)
     jobs = [job for file in options.file for job in params.jobs(file, overrides)]
     root = options.results or paths.results()
     items = run.prepare(jobs, root, options.force, here=not options.ray)
@@ -62,6 +69,16 @@ def _run(options: argparse.Namespace) -> int:
     for page in sorted(pages):
         print(f"page: {page}")
     return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from upclose import reproduce
+
+    only = [name for name in options.only.split(",") if name]
+    values = _overrides(options.parameter)
+    return reproduce.main(
+        options.table, only, options.device, values, options.yes, options.dry_run, options.ray, options.results
+    )
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -220,6 +237,19 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--ray", metavar="ADDRESS", help="an existing Ray cluster: auto, HOST:PORT, or local to start one")
     run.add_argument("--results", type=_folder, help="results folder (default: UPCLOSE_RESULTS, else results/)")
     run.set_defaults(function=_run)
+
+    reproduce = commands.add_parser("reproduce", help="a published table in one call: fetch, encode, run, compare")
+    reproduce.add_argument("table", help="a sheet of params/papers, as lgca-table1, or a paper for all of its sheets")
+    reproduce.add_argument("--only", default="", metavar="NAMES", help="data sets, joined by commas")
+    reproduce.add_argument("--device", help="cpu, cuda (all GPUs of this machine), cuda:1 (that one)")
+    reproduce.add_argument(
+        "-p", dest="parameter", action="append", default=[], metavar="NAME=VALUE", help="not as in the sheet"
+    )
+    reproduce.add_argument("--dry-run", action="store_true", help="only say what is needed, hours and disk")
+    reproduce.add_argument("--yes", action="store_true", help="fetch what is missing without asking")
+    reproduce.add_argument("--ray", metavar="ADDRESS", help="an existing Ray cluster: auto, HOST:PORT, or local")
+    reproduce.add_argument("--results", type=_folder, help="results folder (default: UPCLOSE_RESULTS, else results/)")
+    reproduce.set_defaults(function=_reproduce)
 
     compare = commands.add_parser(
         "compare", help="write what complete runs measured: beside the papers' tables, and method against method"

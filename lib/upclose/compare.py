@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -146,6 +147,28 @@ def versus(measured: pd.DataFrame, paper: str, table: str | None = None) -> pd.D
     ]
     frame["status"] = [_status(line) for line in frame.itertuples()]
     return frame.drop(columns=["variance", "gap"])
+
+
+def variants(measured: pd.DataFrame, swept: Iterable[str], paper: str, table: str) -> pd.DataFrame:
+    """`versus`, once for every value of what several runs of one published cell differ in.
+
+    A paper that does not say with which value it measured leaves several answers to each of its cells.
+
+    Args:
+        measured: rows of `metrics.csv`, with a column for each of `swept`
+        swept: parameters of which rows may have several values
+        paper: see `published`
+        table: "Table 1", ...; a figure that prints no numbers gives `unprinted`
+
+    Returns:
+        the rows, and in "variant" the values of those of `swept` that tell equal cells apart, as "tau 1.1"
+    """
+    differ = [name for name in swept if (measured.groupby(KEYS)[name].nunique() > 1).any()]
+    printed, parts = table in set(published(paper).table), []
+    for values, rows in measured.groupby(differ) if differ else [((), measured)]:
+        variant = ", ".join(f"{name} {value}" for name, value in zip(differ, values))
+        parts.append((versus(rows, paper, table) if printed else unprinted(rows, paper)).assign(variant=variant))
+    return pd.concat(parts, ignore_index=True)
 
 
 def unprinted(measured: pd.DataFrame, paper: str) -> pd.DataFrame:

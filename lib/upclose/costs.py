@@ -7,14 +7,19 @@ encodings; no picture is looked at. What it leaves out: a notebook's own control
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from upclose import compare, methods, params
+import torch
+
+from upclose import compare, crops, encode, methods, params
 from upclose.datasets import registry
 
 BYTES = 16  # of a box; an embedding is kept in float16
+PICTURE = 375, 500  # height and width, as ImageNet's are
 
 
 class Backbone(NamedTuple):
@@ -147,6 +152,31 @@ def encodings(banks: Iterable[Bank], works: Iterable[Work]) -> Counter[Backbone]
     for each in works:
         found[each.backbone] += each.passing
     return found
+
+
+def rate(backbone: Backbone, device: str | None = None, precision: str = "fp32", seconds: float = 5.0) -> float:
+    """Crops that a backbone encodes a second, at best, from a picture in memory; with random weights.
+
+    Args:
+        backbone: whose shape
+        device: as in `encode.load`
+        precision: as in `encode.load`
+        seconds: that the measurement takes, at least one call long
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoder = encode.load(backbone.name, None, device, precision)
+    picture = torch.randint(0, 256, (3, *PICTURE), dtype=torch.uint8)
+    count, best, stop = 1, 0.0, time.perf_counter() + seconds
+    while True:
+        box = crops.sample_boxes(*PICTURE, count, seed=0, key="")
+        start = time.perf_counter()
+        encoder.encode_crops(picture, box).cpu()  # which waits for the device
+        now = time.perf_counter()
+        best = max(best, count / (now - start))
+        if now > stop:
+            return best
+        count = min(2 * count, encoder.batch_size)
 
 
 def gflops(backbone: Backbone) -> float:

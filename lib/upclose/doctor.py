@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import shutil
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import metadata
@@ -144,23 +142,10 @@ def needs(notebook: str, cells: Iterable[dict[str, Any]]) -> list[Need]:
 # ------------------------------------------------------------------------------------------------------------ estimates
 
 
-PICTURES, ROUNDS = 8, 2  # of the measurement
-
-
 def throughput() -> float:
     """GFLOP/s of this machine's image encoding, measured with a ViT-B/32 of random weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        encoder = encode.load("ViT-B-32")
-    batch = [torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8) for _ in range(PICTURES)]
-    encoder.encode_images(batch)
-    start = time.perf_counter()
-    for _ in range(ROUNDS):
-        encoder.encode_images(batch)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    flops = float(compare.backbones().set_index("backbone").gflops["ViT-B/32"])
-    return flops * PICTURES * ROUNDS / (time.perf_counter() - start)
+    backbone = costs.Backbone("ViT-B-32-quickgelu", "openai")
+    return costs.gflops(backbone) * costs.rate(backbone)
 
 
 def paper_tables(rate: float) -> list[dict[str, Any]]:
@@ -204,7 +189,7 @@ def machine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {os.cpu_count()} cores, {platform.machine()}",
         "cache": str(paths.cache()),
-        "free_gib": round(shutil.disk_usage(_existing(paths.cache())).free / 2**30, 1),
+        "free_gib": round(shutil.disk_usage(existing(paths.cache())).free / 2**30, 1),
         "weights": {
             **{file.stem: "shipped" for file in sorted(paths.WEIGHTS.glob("*.safetensors"))},
             **{b.backbone: missing_weights(b.name, b.pretrained) or "here" for b in compare.backbones().itertuples()},
@@ -225,8 +210,9 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.parent)
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return folder if folder.exists() else existing(folder.parent)
 
 
 def main(tables: bool = False, as_json: bool = False) -> int:

@@ -45,7 +45,7 @@ def _cell(tag: str, text: str, name: str) -> str:
     return f'<{tag} class="{name}">{text}</{tag}>' if name else f"<{tag}>{text}</{tag}>"
 
 
-def _table(frame: pd.DataFrame, links: bool = False) -> str:
+def table(frame: pd.DataFrame, links: bool = False) -> str:
     """A table, escaped; numbers to the right, verdicts in colour; with `links` the first column goes to the runs."""
     number = {c: bool(pd.to_numeric(frame[c].replace("", None), errors="coerce").notna().any()) for c in frame}
     rows = ["".join(_cell("th", html.escape(c), "n" * number[c]) for c in frame)]
@@ -66,8 +66,8 @@ def _metrics(file: Path) -> str:
     said = ", ".join(f"{c} {v}" for c, v in same.items() if v)
     for column in {"value", "std"} & set(frame):
         frame[column] = [f"{float(v):.1f}" if v else "" for v in frame[column]]
-    table = _table(frame.drop(columns=list(same)))
-    return f'<div class="metrics"><p>{len(frame)} measurements: {html.escape(said)}</p>{table}</div>'
+    rest = table(frame.drop(columns=list(same)))
+    return f'<div class="metrics"><p>{len(frame)} measurements: {html.escape(said)}</p>{rest}</div>'
 
 
 def _figures(folder: Path) -> str:
@@ -95,7 +95,7 @@ def _run(folder: Path, facts: dict) -> str:
         f"run is kept beside them as notebook.ipynb and is not committed.</p>",
     ]
     if (claims := folder / "claims.csv").exists():
-        parts.append(_table(pd.read_csv(claims, keep_default_na=False, dtype=str)))
+        parts.append(table(pd.read_csv(claims, keep_default_na=False, dtype=str)))
     if (metrics := folder / "metrics.csv").exists():
         parts.append(_metrics(metrics))
     return "\n".join([*parts, _figures(folder)])
@@ -131,16 +131,24 @@ def write(day: Path) -> Path:
         rows.append(blank | {"run": run.name} | known)
         bodies.append(body)
     rows += [blank | {"run": paths.name_of(left), "status": "not complete"} for left in sorted(day.glob(".partial-*"))]
-    body = "\n".join(bodies)
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>upclose, {html.escape(day.name)}</title>'
-        f'<meta name="viewport" content="width=device-width"><meta name="runs" content="{_stamp(day)}">'
-        f"<style>{_STYLE}</style><h1>CLIP, up close: runs of {html.escape(day.name)}</h1>\n"
-        f"<p>A claim holds when the 95 % interval of a paired bootstrap lies above its margin, fails when below, else "
-        f"it is undecided.</p>\n{_table(pd.DataFrame(rows), links=True)}\n{body}</html>\n"
+    said = (
+        "<p>A claim holds when the 95 % interval of a paired bootstrap lies above its margin, fails when below, else "
+        "it is undecided.</p>"
     )
-    paths.write(day / "index.html", page.encode())
+    body = "\n".join([said, table(pd.DataFrame(rows), links=True), *bodies])
+    head = f'<meta name="runs" content="{_stamp(day)}">'
+    paths.write(day / "index.html", page(f"runs of {day.name}", body, head))
     return day / "index.html"
+
+
+def page(title: str, body: str, head: str = "") -> bytes:
+    """A page of its own: the title is escaped, `body` and `head` are HTML."""
+    said = html.escape(title)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>upclose, {said}</title>'
+        f'<meta name="viewport" content="width=device-width">{head}<style>{_STYLE}</style>'
+        f"<h1>CLIP, up close: {said}</h1>\n{body}</html>\n"
+    ).encode()
 
 
 def refresh(root: Path) -> None:
@@ -160,7 +168,7 @@ def collect(root: Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: there is none
     """
-    if not (tables := _collect(root, "metrics.csv", _measured)):
+    if not (tables := _collect(root, "metrics.csv", read)):
         raise FileNotFoundError(f"no complete run with metrics in {root}: start one with upclose run params/...yaml")
     return pd.concat(tables, ignore_index=True)
 
@@ -209,7 +217,7 @@ def _collect(root: Path, name: str, read: Callable[[Path], pd.DataFrame]) -> lis
     return tables
 
 
-def _measured(file: Path) -> pd.DataFrame:
+def read(file: Path) -> pd.DataFrame:
     """A run's `metrics.csv`.
 
     Raises:
@@ -236,12 +244,12 @@ def tables(measured: pd.DataFrame, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for paper, name in compare.papers().items():
-        table = compare.versus(measured, paper).drop(columns=["paper"])
+        beside = compare.versus(measured, paper).drop(columns=["paper"])
         written += [folder / f"{name}.csv", folder / f"{name}.html"]
-        paths.write(written[-2], table.map(paths.cell).to_csv(index=False).encode())
-        page = table.to_html(index=False, na_rep="", float_format="{:.2f}".format, escape=True)
+        paths.write(written[-2], beside.map(paths.cell).to_csv(index=False).encode())
+        body = beside.to_html(index=False, na_rep="", float_format="{:.2f}".format, escape=True)
         title = f"<title>{html.escape(paper)}: paper versus ours</title>"
-        paths.write(written[-1], f'<!doctype html>\n<meta charset="utf-8">{title}\n{page}\n'.encode())
+        paths.write(written[-1], f'<!doctype html>\n<meta charset="utf-8">{title}\n{body}\n'.encode())
     return written
 
 
