@@ -7,10 +7,11 @@ encodings; no picture is looked at. What it leaves out: a notebook's own control
 
 from __future__ import annotations
 
+import heapq
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +153,32 @@ def encodings(banks: Iterable[Bank], works: Iterable[Work]) -> Counter[Backbone]
     for each in works:
         found[each.backbone] += each.passing
     return found
+
+
+def order(works: Sequence[Work]) -> list[int]:
+    """The positions of some runs in an order in which few wait for others: who builds a bank before who reads it."""
+    place = [0] * len(works)
+    for by in readers(works).values():
+        for k, reader in enumerate(by):
+            place[reader] = max(place[reader], k)
+    return sorted(range(len(works)), key=place.__getitem__)
+
+
+def hours(works: Sequence[Work], rate: Mapping[Backbone, float], places: int = 1) -> tuple[float, float]:
+    """Hours of encoding: in all, and until the last of so many GPUs is done. Who reads a bank first pays for it.
+
+    Args:
+        works: of the runs, in their order
+        rate: encodings a second of each backbone
+        places: GPUs that work at the same time
+    """
+    by_bank, whole, busy = readers(works), 0.0, [0.0] * places
+    for k, each in enumerate(works):
+        paid = encodings([bank for bank, by in by_bank.items() if by[0] == k], [each])
+        own = sum(n / rate[backbone] for backbone, n in paid.items()) / 3600
+        whole += own
+        heapq.heapreplace(busy, busy[0] + own)
+    return whole, max(busy)
 
 
 def rate(backbone: Backbone, device: str | None = None, precision: str = "fp32", seconds: float = 5.0) -> float:

@@ -7,7 +7,7 @@ import html
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,6 +17,7 @@ from PIL import Image
 from upclose import claims, compare, images, paths
 
 VERDICTS = ("holds", "undecided", "fails")
+_ROW = ("variant", "method", "dataset", "backbone", "setting", "metric")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 3rem 0 .3rem; border-top: 1px solid #ccc; padding-top: 1rem }
@@ -270,10 +271,10 @@ def matrices(tested: pd.DataFrame, folder: Path) -> list[Path]:
     paths.write(written[0], tested.map(paths.cell).to_csv(index=False, float_format="%.4f").encode())
     squares = []
     for facts, lines in tested.groupby([*_FACTS], sort=False):
-        shown = claims.square(lines).map(lambda gap: f"{gap:+.1f}" if gap == gap else "")
+        gaps = claims.square(lines).map(lambda gap: f"{gap:+.1f}" if gap == gap else "")
         stands = claims.square(lines, "p after Holm") < 0.05
-        table = (shown + stands.replace({True: "*", False: ""})).to_html(escape=True)
-        squares.append(f"<h2>{html.escape(', '.join(filter(None, facts)))}: {int(lines.n.iloc[0])} images</h2>{table}")
+        square = (gaps + stands.replace({True: "*", False: ""})).to_html(escape=True)
+        squares.append(f"<h2>{html.escape(', '.join(filter(None, facts)))}: {int(lines.n.iloc[0])} images</h2>{square}")
     page = (
         f"<!doctype html>\n<meta charset='utf-8'><title>Method against method</title><style>{_STYLE}</style>\n"
         "<h1>Method against method</h1><p>Row minus column in points, paired. A star: the difference stands at 5 % "
@@ -281,3 +282,41 @@ def matrices(tested: pd.DataFrame, folder: Path) -> list[Path]:
     )
     paths.write(written[1], page.encode())
     return written
+
+
+def shown(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of a table of `reproduced` what tells the rows apart, the numbers, rounded, and the verdict."""
+    row = [name for name in _ROW if name in ("method", "dataset") or frame[name].nunique() > 1]
+    numbers = [name for name in ("published", "ours", "difference", "tolerance") if name in frame]
+    said = frame[numbers].map(lambda x: "" if x != x else f"{x:.2f}")
+    return pd.concat([frame[row], said, frame[["verdict"]]], axis=1)
+
+
+def reproduced(
+    folder: Path, name: str, parts: Mapping[str, pd.DataFrame], runs: Mapping[Path, str], notes: Iterable[str]
+) -> Path:
+    """Write `<name>.csv` and `<name>.html`: some published tables with ours beside, and the runs below.
+
+    Args:
+        folder: is made if need be
+        name: of the files
+        parts: {title: rows of `compare.variants`, with "published" and "verdict" for value and status}
+        runs: {folder: what became of it}
+        notes: sentences that stand above
+
+    Returns:
+        the page
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths.write(folder / f"{name}.csv", pd.concat(parts, names=["part", "row"]).map(paths.cell).to_csv().encode())
+    body = [f"<p>{html.escape(note)}</p>" for note in notes]
+    for title, frame in parts.items():
+        kinds = frame.verdict.str.extract(r"^(off by|incomplete)", expand=False).fillna(frame.verdict).value_counts()
+        count = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        body += [f"<h2>{html.escape(title)}</h2>", f"<p>{len(frame)} values: {html.escape(count)}.</p>"]
+        body.append(table(shown(frame)))
+    for run, said in runs.items():
+        where = quote(Path(os.path.relpath(run, folder)).as_posix())
+        body.append(f'<p><a href="{where}">{html.escape(run.name)}</a>: {html.escape(said)}</p>')
+    paths.write(folder / f"{name}.html", page(f"{name}, reproduced", "\n".join(body)))
+    return folder / f"{name}.html"

@@ -8,16 +8,12 @@ What is complete is not done again, so that the same call goes on after whatever
 
 from __future__ import annotations
 
-import heapq
-import html
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from os.path import relpath
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import pandas as pd
 import torch
@@ -27,8 +23,6 @@ from upclose.doctor import Need
 from upclose.params import ParameterError
 
 SECONDS = 10  # that measuring the rates may take
-ROW = ["variant", "method", "dataset", "backbone", "setting", "metric"]
-NUMBERS = ["published", "ours", "difference", "tolerance"]
 
 
 class Cell(NamedTuple):
@@ -82,11 +76,7 @@ def cells(sheets: Iterable[str], only: Sequence[str] = (), fixed: Mapping[str, A
             found.append(Cell(name, swept, values, job, costs.work(params.about(sheet.notebook), values)))
     chosen = _chosen(only, list(dict.fromkeys(cell.values["dataset"] for cell in found)))
     found = [cell for cell in found if cell.values["dataset"] in chosen]
-    place = [0] * len(found)
-    for readers in costs.readers(cell.work for cell in found).values():
-        for k, reader in enumerate(readers):
-            place[reader] = max(place[reader], k)
-    return [found[k] for k in sorted(range(len(found)), key=place.__getitem__)]
+    return [found[k] for k in costs.order([cell.work for cell in found])]
 
 
 def _chosen(only: Sequence[str], known: list[str]) -> set[str]:
@@ -136,35 +126,20 @@ def plan(cells: Sequence[Cell], wanted: Iterable[Need]) -> Iterator[str]:
         yield f"training {passing:,} encodings, which no bank keeps"
 
 
-def price(cells: Sequence[Cell], rate: Mapping[costs.Backbone, float], places: int) -> tuple[float, float]:
-    """Hours of encoding: in all, and until the last of so many GPUs is done. Who reads a bank first pays for it.
-
-    Args:
-        cells: the runs, in their order
-        rate: encodings a second of each backbone
-        places: GPUs that work at the same time
-    """
-    readers, hours, busy = costs.readers(cell.work for cell in cells), [], [0.0] * places
-    for k, cell in enumerate(cells):
-        paid = costs.encodings([bank for bank, by in readers.items() if by[0] == k], [cell.work])
-        hours.append(sum(n / rate[backbone] for backbone, n in paid.items()) / 3600)
-        heapq.heapreplace(busy, busy[0] + hours[-1])
-    return sum(hours), max(busy)
-
-
 def _priced(cells: Sequence[Cell], wanted: Iterable[Need], device: str, places: int) -> Iterator[str]:
     """The price in lines, by rates that are measured here."""
     precision = {cell.work.backbone: cell.job.values["precision"] for cell in cells}
     rate = {each: costs.rate(each, device, precision[each], SECONDS / len(precision)) for each in precision}
-    whole, last = price(cells, rate, places)
+    whole, last = costs.hours([cell.work for cell in cells], rate, places)
     said = ", ".join(f"{each.label} {crops:,.1f}" for each, crops in rate.items())
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     yield f"rate     crops a second on {name}: {said} (measured, random weights)"
     together = f", {last:,.1f} h on {places} of them" if places > 1 else ""
     yield f"price    {whole:,.1f} h of encoding{together}; nothing else is counted"
     banks = sum(bank.bytes for bank in costs.readers(cell.work for cell in cells))
-    free = shutil.disk_usage(doctor.existing(paths.cache())).free
-    yield f"disk     {_size(banks)} of banks, {_sum(wanted)} to fetch; {_size(free)} are free in {paths.cache()}"
+    free = [p for p in dict.fromkeys((paths.bank(), str(paths.cache()), str(paths.data()))) if "://" not in p]
+    said = "; ".join(f"{_size(shutil.disk_usage(doctor.existing(Path(p))).free)} are free at {p}" for p in free)
+    yield f"disk     {_size(banks)} of banks, {_sum(wanted)} to fetch; {said}"
 
 
 def _sum(wanted: Iterable[Need]) -> str:
@@ -206,7 +181,7 @@ def _agreed(what: str, yes: bool) -> bool:
 
 
 def lacking(cells: Iterable[Cell], items: Iterable[run.Item]) -> dict[str, str]:
-    """The runs that cannot be done now, by the names of their jobs -> what is missing first."""
+    """Of some runs those that cannot be done now, by the names of their jobs -> what is missing."""
     found = {item.job.name: item.missing for item in items if item.missing and not item.complete}
     for cell in cells:
         for need in needs([cell]):
@@ -248,16 +223,16 @@ def main(
     root, sheets = root or paths.results(), tables(name)
     todo = cells(sheets, only, changed | {"device": device})
     gpus = devices.gpus() if device == "cuda" and not ray else []
-    wanted = needs(todo)
+    items = run.prepare([cell.job for cell in todo], root, here=not ray)
+    left = [cell for cell, item in zip(todo, items, strict=True) if not item.complete]
+    wanted = needs(left)
     print("\n".join(plan(todo, wanted)))
     if dry_run:
-        items = run.prepare([cell.job for cell in todo], root, here=not ray)
-        left = [cell for cell, item in zip(todo, items, strict=True) if not item.complete]
         print("\n".join(_priced(left, wanted, device, max(1, len(gpus)))) if left else "all runs are complete")
-        return int(any(need.get for need in wanted) or any(item.missing and not item.complete for item in items))
+        return int(bool(lacking(left, items)))
     fetch(wanted, yes)
     items = run.prepare([cell.job for cell in todo], root, here=not ray)
-    short = lacking(todo, items)
+    short = lacking(left, items)
     for job, why in short.items():
         print(f"{job}: {why}", file=sys.stderr)
     if short and (len(short) == len(todo) or not _agreed(f"run the {len(todo) - len(short)} that lack nothing", yes)):
@@ -267,12 +242,14 @@ def main(
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:
         print(f"{outcome.job.name}: {outcome.error}", file=sys.stderr)
-    by_sheet = {sheet: [cell for cell in todo if cell.sheet == sheet] for sheet in sheets}
-    parts = {sheet: compared(group, outcomes) for sheet, group in by_sheet.items() if group}
+    known, groups = doctor.sheets(), {sheet: [cell for cell in todo if cell.sheet == sheet] for sheet in sheets}
+    parts = {known[sheet].reproduces: compared(group, outcomes) for sheet, group in groups.items() if group}
     whole = pd.concat(parts)
-    print(_shown(whole[whole.ours.notna() | whole.verdict.str.startswith("incomplete")]).to_string(index=False))
+    print(report.shown(whole[whole.ours.notna() | whole.verdict.str.startswith("incomplete")]).to_string(index=False))
     title = sheets[0] if len(sheets) == 1 else sheets[0].partition("-")[0]
-    print(f"page: {write(root / 'reproduce', title, parts, outcomes.values(), changed)}")
+    notes = [f"Not as in the sheets: {name} = {value}." for name, value in changed.items()]
+    runs = {outcome.folder: f"{outcome.status} {outcome.error}" for outcome in outcomes.values()}
+    print(f"page: {report.reproduced(root / 'reproduce', title, parts, runs, notes)}")
     return int(bool(failed or short))
 
 
@@ -298,43 +275,3 @@ def compared(cells: Sequence[Cell], outcomes: Mapping[str, run.Outcome]) -> pd.D
     frame = compare.variants(pd.concat(rows, ignore_index=True), sorted(free), paper, table)
     frame = frame[frame.dataset.isin({cell.values["dataset"] for cell in cells} | {"average"})]
     return frame.rename(columns={"value": "published", "status": "verdict"})
-
-
-def _shown(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns to show: what tells the rows apart, rounded numbers, and the verdict."""
-    row = [name for name in ROW if name in ("method", "dataset") or frame[name].nunique() > 1]
-    numbers = [name for name in NUMBERS if name in frame]
-    said = frame[numbers].map(lambda x: "" if x != x else f"{x:.2f}")
-    return pd.concat([frame[row], said, frame[["verdict"]]], axis=1)
-
-
-def write(
-    folder: Path,
-    name: str,
-    parts: Mapping[str, pd.DataFrame],
-    outcomes: Iterable[run.Outcome],
-    changed: Mapping[str, Any],
-) -> Path:
-    """Write `<name>.csv` and `<name>.html`, a table a sheet and the runs below; returns the page's path.
-
-    Args:
-        folder: is made if need be
-        name: of the files
-        parts: from `compared`, by sheet
-        outcomes: of the runs
-        changed: parameters that are not as in the sheets
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths.write(folder / f"{name}.csv", pd.concat(parts, names=["sheet", "row"]).map(paths.cell).to_csv().encode())
-    body = [f"<p>Not as in the sheets: {html.escape(f'{key} = {value}')}.</p>" for key, value in changed.items()]
-    for sheet, frame in parts.items():
-        kinds = frame.verdict.str.extract(r"^(off by|incomplete)", expand=False).fillna(frame.verdict).value_counts()
-        count = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        title = html.escape(doctor.sheets()[sheet].reproduces)
-        body += [f"<h2>{title}</h2>", f"<p>{len(frame)} values: {html.escape(count)}.</p>", report.table(_shown(frame))]
-    for outcome in outcomes:
-        where = quote(Path(relpath(outcome.folder, folder)).as_posix())
-        link = f'<a href="{where}">{html.escape(outcome.folder.name)}</a>'
-        body.append(f"<p>{link}: {outcome.status} {html.escape(outcome.error)}</p>")
-    paths.write(folder / f"{name}.html", report.page(f"{name}, reproduced", "\n".join(body)))
-    return folder / f"{name}.html"
