@@ -95,7 +95,7 @@ def test_every_option_of_a_build_is_part_of_the_bank(tmp_path, capsys):
         (["build", "birdlets", "--alpha", "nan"], "0 < alpha <= beta <= 1, not (nan, 0.9)"),
         (["build", "birdlets", "--factor", "0.5"], "factor must be a finite number of at least 1"),
         (["build", "two\nlines\x1b[2J"], r"no data set 'two\nlines\x1b[2J'"),
-        (["build", "x" * 10_000], "xxx ... xxx"),
+        (["build", "x" * 10_000], "xxx ... "),
         (["build", "birdlets", "--gpus", "1"], "give --ray ADDRESS too"),
         (["build", "birdlets", "--root", "nosuch://bucket"], "nosuch"),
         (["build", "birdlets", "--ray", "auto"], 'pip install "upclose[cluster]"'),
