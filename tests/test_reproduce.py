@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 import trees
-from upclose import bank, cli, compare, costs, datasets, doctor, identity, paths, prompts, reproduce, run
+from upclose import bank, cli, compare, costs, datasets, devices, doctor, identity, paths, prompts, reproduce, run
 from upclose.params import ParameterError
 
 pytestmark = pytest.mark.filterwarnings("ignore::upclose.datasets.CountWarning")
@@ -112,7 +113,7 @@ def test_the_dry_run_prices_what_is_missing_and_writes_nothing(tmp_path, monkeyp
     assert re.search(r"weights  to be fetched: ViT-B/16, .*https://huggingface.co/", said)
     assert "data     here: dtd (official)" in said
     assert re.search(r"data     by hand: cub .*CUB_200_2011.tgz", said)
-    assert re.search(r"prompts  to be fetched: cupl of dtd, 0\.2 MiB", said)
+    assert re.search(r"prompts  to be fetched: cupl of dtd, \d+\.\d KiB", said)
     assert re.search(
         r"dtd test, ViT-B/32, 100 crops, alpha 0\.5, beta 0\.9, tau 1\.1, seeds 0 1 2: 1,880 pictures, 3,389,640 "
         r"encodings, 3\.3 GiB; read by lgca-table1-dtd-ViT-B-32-quickgelu-1\.1\n",
@@ -177,9 +178,12 @@ def measuring(item, partial, tick):
 def measured(tiny, monkeypatch):
     """`tiny`, where notebooks are measured in a moment."""
     monkeypatch.setattr(run, "_run_notebook", measuring)
-    monkeypatch.setattr(
-        run, "_locally", lambda todo, day, places: ((i, run._execute(i, run._partial(i, day))) for i in todo)
-    )
+
+    def locally(todo, day, places):
+        tiny.places = places
+        return ((item, run._execute(item, run._partial(item, day))) for item in todo)
+
+    monkeypatch.setattr(run, "_locally", locally)
     return tiny
 
 
@@ -213,6 +217,26 @@ def test_a_table_is_run_compared_and_written_and_the_next_call_does_nothing_agai
     monkeypatch.setattr(costs, "rate", None)
     assert cli.main([*call, "--dry-run"]) == 0
     assert "all runs are complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "places"), [("cuda", ["0", "3"]), ("cuda:1", [""]), (None, ["0", "3"])])
+def test_cuda_is_every_gpu_and_a_number_that_one(measured, monkeypatch, device, places):
+    measured("dtd")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "gpus", lambda: ["0", "3"])
+    monkeypatch.setattr(identity, "_arithmetic", lambda *_: None)
+    assert cli.main(["reproduce", "lgca-table1", "--only", "dtd", *(["--device", device] if device else [])]) == 0
+    assert measured.places == places
+    assert "Not as in the sheets" not in (paths.results() / "reproduce" / "lgca-table1.html").read_text()
+    assert len(list(paths.results().glob("*/*/run.json"))) == 4
+
+
+def test_without_a_gpu_a_plan_for_one_has_no_price(measured, capsys):
+    measured("dtd")
+    cli.main(["reproduce", "lgca-table1", "--only", "dtd", "--device", "cuda", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "price    not known: this machine has no GPU" in said
+    assert "of banks" in said
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_compared(measured, capsys, monkeypatch):
@@ -259,7 +283,7 @@ def test_nothing_is_fetched_unasked(measured, capsys, monkeypatch):
     monkeypatch.setattr(prompts, "fetch", fetched.append)
     call = ["reproduce", "lgca-table1", "--only", "pets", "--device", "cpu"]
     assert cli.main(call) == 2
-    assert "nobody can be asked whether to fetch 2 things (0.1 MiB): add --yes" in capsys.readouterr().err
+    assert "nobody can be asked whether to fetch 2 things (74.3 KiB): add --yes" in capsys.readouterr().err
     monkeypatch.setattr(reproduce.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda _: "")
     assert cli.main(call) == 2

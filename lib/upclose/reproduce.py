@@ -8,6 +8,7 @@ What is complete is not done again, so that the same call goes on after whatever
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,6 +129,13 @@ def plan(cells: Sequence[Cell], wanted: Iterable[Need]) -> Iterator[str]:
 
 def _priced(cells: Sequence[Cell], wanted: Iterable[Need], device: str, places: int) -> Iterator[str]:
     """The price in lines, by rates that are measured here."""
+    banks = sum(bank.bytes for bank in costs.readers(cell.work for cell in cells))
+    free = {os.stat(p).st_dev: p for p in map(doctor.existing, (paths.data(), paths.cache(), *_bank_folder()))}
+    said = "; ".join(f"{_size(shutil.disk_usage(p).free)} are free at {p}" for p in free.values())
+    yield f"disk     {_size(banks)} of banks, {_sum(wanted)} to fetch; {said}"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        yield "price    not known: this machine has no GPU to measure a rate on"
+        return
     precision = {cell.work.backbone: cell.job.values["precision"] for cell in cells}
     rate = {each: costs.rate(each, device, precision[each], SECONDS / len(precision)) for each in precision}
     whole, last = costs.hours([cell.work for cell in cells], rate, places)
@@ -136,10 +144,11 @@ def _priced(cells: Sequence[Cell], wanted: Iterable[Need], device: str, places: 
     yield f"rate     crops a second on {name}: {said} (measured, random weights)"
     together = f", {last:,.1f} h on {places} of them" if places > 1 else ""
     yield f"price    {whole:,.1f} h of encoding{together}; nothing else is counted"
-    banks = sum(bank.bytes for bank in costs.readers(cell.work for cell in cells))
-    free = [p for p in dict.fromkeys((paths.bank(), str(paths.cache()), str(paths.data()))) if "://" not in p]
-    said = "; ".join(f"{_size(shutil.disk_usage(doctor.existing(Path(p))).free)} are free at {p}" for p in free)
-    yield f"disk     {_size(banks)} of banks, {_sum(wanted)} to fetch; {said}"
+
+
+def _bank_folder() -> list[Path]:
+    """Where banks lie, unless behind a URL."""
+    return [] if "://" in paths.bank() else [Path(paths.bank())]
 
 
 def _sum(wanted: Iterable[Need]) -> str:
@@ -152,7 +161,8 @@ def _sum(wanted: Iterable[Need]) -> str:
 def _size(number: int) -> str:
     if not number:
         return "size not known"
-    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+    unit, power = next(((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if number >= 2**p), ("KiB", 10))
+    return f"{number / 2**power:,.1f} {unit}"
 
 
 # -------------------------------------------------------------------------------------------------------------- the run
