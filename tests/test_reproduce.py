@@ -61,6 +61,11 @@ def test_a_data_set_that_is_not_there_or_may_be_several(only, why):
         reproduce.cells(["lgca-table1"], [only])
 
 
+def test_a_table_has_its_data_sets():
+    with pytest.raises(ParameterError, match="dataset=birdlets: a table has its data sets; --only chooses among them"):
+        reproduce.cells(["lgca-table1"], fixed={"dataset": "birdlets"})
+
+
 @pytest.mark.parametrize("paper", ["lgca", "lazsl", "dnd", "fair", "lare"])
 def test_the_runs_of_a_paper_are_the_cells_of_its_sheets_under_different_names(paper):
     found = reproduce.cells(reproduce.tables(paper))

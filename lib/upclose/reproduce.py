@@ -70,6 +70,8 @@ def cells(sheets: Iterable[str], only: Sequence[str] = (), fixed: Mapping[str, A
         ParameterError: as `params.jobs`, or a data set that is not among the sheets' or may be several
     """
     found, fixed = [], dict(fixed or {})
+    if "dataset" in fixed:
+        raise ParameterError(f"-p dataset={fixed['dataset']}: a table has its data sets; --only chooses among them")
     for name in sheets:
         file = paths.PARAMS / "papers" / f"{name}.yaml"
         sheet = params.read(file)
