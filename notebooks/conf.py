@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from docutils import nodes
@@ -62,6 +64,41 @@ html_theme_options = {
     "home_page_in_toc": True,
     "navbar_persistent": [],
 }
+
+
+def address(known: str, remote: str) -> str:
+    """The repository's public address on GitHub, "" where none is known.
+
+    Args:
+        known: owner/name, as GitHub's workflows say it in GITHUB_REPOSITORY
+        remote: the URL of git's remote "origin"
+    """
+    match = re.fullmatch(r"(?:https://|git@|ssh://git@)github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?", remote.strip())
+    name = known or (match[1] if match else "")
+    return f"https://github.com/{name}" if name else ""
+
+
+def colab(public: str) -> str:
+    """The line that makes Colab ready for a notebook: the library is installed where the notebooks lie."""
+    folder = public.rsplit("/", 1)[1]
+    return f"!git clone --depth 1 {public} && pip install -q -e './{folder}[notebooks]'"
+
+
+PUBLIC = address(
+    os.environ.get("GITHUB_REPOSITORY", ""),
+    subprocess.run(["git", "-C", ROOT, "remote", "get-url", "origin"], capture_output=True, text=True).stdout,
+)
+if PUBLIC:  # buttons that open a notebook on Binder (environment.yml) or Colab
+    html_theme_options |= {
+        "repository_url": PUBLIC,
+        "repository_branch": os.environ.get("GITHUB_REF_NAME", "main"),
+        "path_to_docs": "notebooks",
+        "launch_buttons": {
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+            "notebook_interface": "jupyterlab",
+        },
+    }
 
 
 def notebooks() -> list[Path]:
@@ -219,16 +256,27 @@ def _legends(lines: list[str]) -> list[str]:
 
 
 def times(app, doctree) -> None:
-    """Say below a notebook's title how long its last recorded run took."""
+    """Say below a notebook's title how long its last recorded run took, and what Colab needs first."""
+    if not str(app.env.doc2path(app.env.docname)).endswith(".ipynb"):
+        return
+    if PUBLIC:
+        line = nodes.literal("", colab(PUBLIC))
+        _below_title(
+            doctree, nodes.paragraph("", "", nodes.Text("On Colab, run this in a cell of its own first: "), line)
+        )
     name = Path(app.env.docname).name
     runs = sorted((ROOT / "results").glob(f"*/{name}-*/run.json"))
-    if runs and str(app.env.doc2path(app.env.docname)).endswith(".ipynb") and "solutions" not in app.env.docname:
+    if runs and "solutions" not in app.env.docname:
         facts = json.loads(runs[-1].read_text())
         said = (
             f"Its recorded run of {runs[-1].parts[-3]} took {facts['seconds']:.0f} s on {facts.get('device', 'cpu')}."
         )
-        title = next(iter(doctree.findall(nodes.title)))
-        title.parent.insert(title.parent.index(title) + 1, nodes.paragraph("", "", nodes.emphasis("", said)))
+        _below_title(doctree, nodes.paragraph("", "", nodes.emphasis("", said)))
+
+
+def _below_title(doctree, paragraph) -> None:
+    title = next(iter(doctree.findall(nodes.title)))
+    title.parent.insert(title.parent.index(title) + 1, paragraph)
 
 
 def captions(app, doctree, docname) -> None:
@@ -274,7 +322,7 @@ def glossary(app, doctree, docname) -> None:
 
 
 def finish(app, error) -> None:
-    """Beside the pages, the dated results; of MathJax only what TeX on a page needs."""
+    """Beside the pages, the dated results; of MathJax and icons only what a page needs."""
     if error is not None:
         return
     out = Path(app.outdir)
@@ -282,6 +330,7 @@ def finish(app, error) -> None:
         ROOT / "results", out / "results", ignore=shutil.ignore_patterns(".*", "notebook.ipynb"), dirs_exist_ok=True
     )
     shutil.rmtree(out.parent / "jupyter_execute", ignore_errors=True)  # myst-nb's copy of the notebooks
+    (out / "_static" / "scripts" / "fontawesome.js").write_text("")  # 1.5 MB; the style sheet has the icons as a font
     mathjax = out / "_static" / "mathjax"
     kept = {"tex-chtml.js", "output", "input"}
     for path in mathjax.iterdir():

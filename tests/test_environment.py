@@ -4,6 +4,7 @@ import tomllib
 from importlib import metadata
 
 import yaml
+from packaging.requirements import Requirement
 
 from upclose import paths
 
@@ -23,6 +24,13 @@ def test_environment_and_pyproject_name_the_same_packages_and_ranges():
         renamed.add(line.replace(name, CONDA.get(name, name), 1))
     extras = PROJECT["optional-dependencies"]
     assert renamed == {*PROJECT["dependencies"], *extras["notebooks"], *extras["webdataset"]}
+
+
+def test_what_is_installed_lies_in_the_ranges():
+    """So the ranges have a solution: this one."""
+    for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["notebooks"]):
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(metadata.version(wanted.name).split("+")[0]), line
 
 
 def test_every_line_of_the_environment_gives_a_reason():

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from upclose import crops, encode, explorer, transport
 from upclose.features import Ladder
@@ -12,7 +13,12 @@ from upclose.methods import clip, dnd, lazsl, lgca, wca
 
 SAID = {
     "white tern": ["an orange beak", "a black cap"],
-    "blue <b>swan</b>": ["a long neck", "an orange beak", "x" * 300],
+    "blue <b>swan</b>": [
+        "a long neck",
+        "an orange beak",
+        "x" * 300,
+        "\"a' 🦜 \u05d0\u05e4\u05d5\u05e8 (&amp; </script>",
+    ],
 }
 
 
@@ -77,6 +83,19 @@ def test_explain_compares_the_two_classes_that_a_method_ranks_first(encoder, pic
     assert [c["name"] for c in found.facts["classes"]] == [list(said)[first], list(said)[second]]
     with pytest.raises(ValueError, match="at least two"):
         explorer.explain(encoder, picture, "x", {"crow": ["black"]})
+    with pytest.raises(ValueError, match=r"'crow' .*no description"):
+        explorer.explain(encoder, picture, "x", {"tern": ["white"], "crow": []})
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "<b>\"'.jpg", "\u05e6\u05d9\u05e4\u05d5\u05e8.png", "🦜", "../../up.png"])
+def test_a_picture_may_have_any_name_and_size(encoder, text, tmp_path, name):
+    tall = torch.zeros(3, 1600, 40, dtype=torch.uint8)
+    found = explorer.case(encoder, tall, name, text, SAID)
+    explorer.write(tmp_path, [found])
+    (picture,) = (tmp_path / "data").glob("*.jpg")
+    assert picture.stem == found.id
+    assert Image.open(picture).size == (20, 800)
+    assert (found.facts["width"], found.facts["height"]) == (40, 1600)
 
 
 def test_kinds_tell_who_alone_is_right_or_wrong():
@@ -153,6 +172,8 @@ def test_a_hovered_description_lights_crops_and_markup_is_text(page):
     names = page.execute_script("return [...document.querySelectorAll('#classes h2')].map((n) => n.textContent)")
     assert names == list(SAID)
     assert page.execute_script("return document.querySelectorAll('b').length") == 0
+    said = page.execute_script("return [...document.querySelectorAll('#classes bdi')].map((n) => n.textContent)")
+    assert said == [sentence for sentences in SAID.values() for sentence in sentences]
     widths = page.execute_script(
         "explorer.choose('D&D'); document.querySelector('#classes li').focus();"
         "return [...document.querySelectorAll('.crop')].map((n) => Number(n.getAttribute('stroke-width')))"
@@ -161,6 +182,27 @@ def test_a_hovered_description_lights_crops_and_markup_is_text(page):
     assert min(widths) < 3
     shares = page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert shares, "a long sentence makes the page scroll sideways"
+
+
+@pytest.mark.browser
+def test_a_file_that_is_gone_is_named(page, tmp_path, one):
+    _ready(page)
+    page.execute_script("explorer.show('gone')")
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(page, 20).until(lambda d: "data/gone.js cannot be read" in d.page_source)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_passes_axe_in_both_colours(page, scheme):
+    axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python is not installed")
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    _ready(page)
+    found = axe.Axe().run(page)["violations"]
+    assert not {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}
 
 
 @pytest.mark.browser

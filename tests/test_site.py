@@ -62,6 +62,36 @@ def test_the_prices_of_all_tables_name_the_constants_they_rest_on(conf, tmp_path
     assert "<td>&lt; 0.1</td>" in lare
 
 
+@pytest.mark.parametrize(
+    ("known", "remote", "expected"),
+    [
+        ("a/b", "", "https://github.com/a/b"),
+        ("", "https://github.com/a-1/b.c.git\n", "https://github.com/a-1/b.c"),
+        ("", "git@github.com:a/b.git", "https://github.com/a/b"),
+        ("", "/srv/git/upclose.git", ""),
+        ("", "https://example.org/a/b", ""),
+        ("", "https://github.com/a/b'; rm -r x", ""),
+        ("", "", ""),
+    ],
+)
+def test_the_public_address_is_githubs_or_none(conf, known, remote, expected):
+    assert conf.address(known, remote) == expected
+
+
+@pytest.mark.slow
+def test_colabs_line_makes_a_notebook_run(conf, tmp_path):
+    """The line as it is, with a local repository, pip installing without its dependencies."""
+    assert conf.colab("https://github.com/a/b") == (
+        "!git clone --depth 1 https://github.com/a/b && pip install -q -e './b[notebooks]'"
+    )
+    line = conf.colab(f"file://{paths.ROOT}").removeprefix("!")
+    pip = f"{sys.executable} -m pip install --no-deps --no-build-isolation --target {tmp_path}/installed"
+    line = line.replace("pip install -q", pip).replace("-e ", "")
+    subprocess.run(line, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "installed" / "upclose" / "__init__.py").is_file()
+    assert (tmp_path / paths.ROOT.name / "notebooks" / "00_start_here.ipynb").is_file()
+
+
 @pytest.fixture(scope="module")
 def deck():
     spec = importlib.util.spec_from_file_location("deck", paths.NOTEBOOKS / "slides.py")
@@ -132,8 +162,8 @@ def test_the_book_is_whole_small_and_asks_no_other_host(site):
     assert not [page.name for page in site.rglob("*.html") if asked.search(page.read_text(encoding="utf-8"))]
     assert sum(file.stat().st_size for file in site.rglob("*") if file.is_file()) < 60 * 2**20
     page = (site / "02_lazsl.html").read_text(encoding="utf-8")
-    needed = set(re.findall(r'(?:src|href)="([^":#?]+\.(?:png|jpg|css|js))', (site / "index.html").read_text()))
-    assert sum((site / name).stat().st_size for name in needed if (site / name).is_file()) < 3 * 2**19 + 4 * 2**20
+    needed = set(re.findall(r'(?:src|href)="([^":#?]+\.(?:png|jpg|css|js|woff2))', (site / "index.html").read_text()))
+    assert sum((site / name).stat().st_size for name in needed if (site / name).is_file()) < 3 * 2**19
     assert not re.search(r'<img[^>]*alt=""', page.split("<article")[1])
     assert "guide.html#term-epsilon" in page
 
@@ -144,6 +174,8 @@ def test_pages_pass_axe_and_fit_a_telephone(browser, site, page):
     axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python is not installed")
     browser.set_window_size(500, 900)
     browser.get((site / f"{page}.html").as_uri())
-    found = axe.Axe().run(browser)["violations"]
-    assert not {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}
+    for scheme in ("light", "dark"):
+        browser.execute_script("document.documentElement.dataset.theme = arguments[0]", scheme)
+        found = axe.Axe().run(browser)["violations"]
+        assert not {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth + 1")

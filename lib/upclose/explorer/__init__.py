@@ -30,6 +30,9 @@ SQUARE = Plan("square", 16, (0.5, 0.9), 0, 1.25, 4)
 SMALL = Plan("area", 9, (0.1, 0.75))
 """The crops of D&D."""
 
+MOST_PIXELS = 800
+"""The longer side of a picture as the page shows it. Crops were cut from the picture itself."""
+
 PAGE = ("index.html", "explorer.css", "explorer.js", "methods.js")
 
 
@@ -37,7 +40,7 @@ class Case(NamedTuple):
     """One picture, ready for the page.
 
     Attributes:
-        id: letters, digits and dashes
+        id: letters, digits and dashes, 80 at most
         pixels: uint8 (3, H, W)
         facts: what the page reads, as JSON would hold it
     """
@@ -98,7 +101,7 @@ def case(
         "crops": cut,
         "classes": classes,
     }
-    return Case(re.sub(r"[^0-9a-z]+", "-", key.lower()).strip("-") or "picture", pixels, facts)
+    return Case(re.sub(r"[^0-9a-z]+", "-", key.lower())[:80].strip("-") or "picture", pixels, facts)
 
 
 def write(folder: str | Path, cases: Sequence[Case], stops: Sequence[Mapping] = ()) -> Path:
@@ -123,8 +126,10 @@ def write(folder: str | Path, cases: Sequence[Case], stops: Sequence[Mapping] = 
         shutil.copyfile(Path(__file__).with_name("page") / name, folder / name)
     pictures = []
     for id, pixels, facts in cases:
-        file = f"data/{id}.png"
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(packed := io.BytesIO(), "PNG", optimize=True)
+        file = f"data/{id}.jpg"
+        shown = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        shown.thumbnail((MOST_PIXELS, MOST_PIXELS))
+        shown.save(packed := io.BytesIO(), "JPEG", quality=92, subsampling=0)
         paths.write(folder / file, packed.getvalue())
         paths.write(folder / "data" / f"{id}.js", _call("add", id, facts | {"file": file}))
         names = " or ".join(said["name"] for said in facts["classes"])

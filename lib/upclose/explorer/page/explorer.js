@@ -85,7 +85,7 @@ const explorer = (() => {
       fill.style.background = `var(--${k ? "second" : "first"})`;
       const truth = picture.truth === null ? "" : k === picture.truth ? " (true)" : " (rival)";
       return make("div", { class: "score" },
-        make("span", {}, said.name + truth + " ", make("span", { class: "number" }, found[k].score.toFixed(4))),
+        make("span", {}, make("bdi", {}, said.name), truth + " ", make("span", { class: "number" }, found[k].score.toFixed(4))),
         make("div", { class: "bar" }, fill));
     });
     $("verdict").replaceChildren(...rows);
@@ -99,7 +99,7 @@ const explorer = (() => {
         const top = lit && lit.crop !== undefined ? Math.max(1e-9, ...found.flatMap((f) => f.plan?.[lit.crop] ?? [0])) : most;
         const bar = make("i");
         bar.style.width = `${3.8 * mass / top}rem`;
-        const line = make("li", { tabindex: 0 }, bar, make("span", {}, sentence),
+        const line = make("li", { tabindex: 0 }, bar, make("bdi", {}, sentence),
           make("span", { class: "number", title: "cosine, as matched" }, ` ${found[k].matched[m].toFixed(3)}`));
         const light = (on) => { lit = on ? { k, m } : null; boxes(compute(), settings().step ?? 0, settings().crops ?? size()); };
         line.addEventListener("mouseenter", () => light(true));
@@ -108,7 +108,7 @@ const explorer = (() => {
         line.addEventListener("blur", () => light(false));
         return line;
       });
-      return make("div", { class: `class ${k ? "two" : "one"}` }, make("h2", {}, said.name),
+      return make("div", { class: `class ${k ? "two" : "one"}` }, make("h2", { dir: "auto" }, said.name),
         make("ul", {}, ...(lines.length ? lines : [make("li", {}, "no descriptions")])));
     });
     $("classes").replaceChildren(...blocks);
@@ -154,6 +154,7 @@ const explorer = (() => {
     if (!(id in cases)) {  // the first time: its file is a script, so that the page opens from a disk
       const script = make("script", { src: `data/${id}.js` });
       script.addEventListener("load", () => show(id, then));
+      script.addEventListener("error", () => { $("why").textContent = `The page's file data/${id}.js cannot be read.`; });
       document.head.append(script);
       return;
     }
