@@ -13,21 +13,26 @@ const upclose = (() => {
   const outer = (r, c) => r.map((a) => c.map((b) => a * b));
   const inner = (plan, value) => sum(plan.map((row, n) => sum(row.map((mass, m) => mass * value[n][m]))));
   const uniform = (n) => Array(n).fill(1 / n);
-  const logSumExp = (x) => {
-    const top = Math.max(...x);
-    return top === -Infinity ? top : top + Math.log(sum(x.map((v) => Math.exp(v - top))));
+  const logSumExp = (x, y) => {  // of x + y, in loops: it is most of a slider's answer
+    let top = -Infinity, total = 0;
+    for (let i = 0; i < x.length; i++) top = Math.max(top, x[i] + y[i]);
+    for (let i = 0; i < x.length; i++) total += Math.exp(x[i] + y[i] - top);
+    return top + Math.log(total);
   };
 
   // Entropic optimal transport in the log domain (LaZSL eqs. 11-13): rows without mass take none.
   function sinkhorn(cost, r, c, epsilon, maxRounds = 2000, tolerance = 1e-7) {
     const kernel = cost.map((row) => row.map((v) => -v / epsilon));
-    const logR = r.map(Math.log), logC = c.map(Math.log);
-    let g = c.map(() => 0), f = r.map(() => 0);
+    const logR = r.map(Math.log), logC = c.map(Math.log), turned = c.map((_, m) => kernel.map((row) => row[m]));
+    const g = c.map(() => 0), f = r.map((v) => (v > 0 ? 0 : -Infinity));
     for (let round = 0; round < maxRounds; round++) {
-      f = kernel.map((row, n) => (r[n] > 0 ? logR[n] - logSumExp(row.map((v, m) => v + g[m])) : -Infinity));
-      const columns = c.map((_, m) => logSumExp(kernel.map((row, n) => row[m] + f[n])));
-      const error = sum(columns.map((v, m) => Math.abs(Math.exp(v + g[m]) - c[m])));
-      g = columns.map((v, m) => logC[m] - v);
+      for (let n = 0; n < r.length; n++) if (r[n] > 0) f[n] = logR[n] - logSumExp(kernel[n], g);
+      let error = 0;
+      for (let m = 0; m < c.length; m++) {
+        const column = logSumExp(turned[m], f);
+        error += Math.abs(Math.exp(column + g[m]) - c[m]);
+        g[m] = logC[m] - column;
+      }
       if (error < tolerance) break;
     }
     return kernel.map((row, n) => row.map((v, m) => Math.exp(v + f[n] + g[m])));
