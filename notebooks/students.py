@@ -77,8 +77,8 @@ def student(title: str, solution: dict, asked: dict[str, str]) -> dict:
     for place, cell in enumerate(solution["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            for number, title in re.findall(r"^## (\d+)\. (.*)$", source, flags=re.MULTILINE):
-                cells.append(_text(f"## Exercise {number}\n\n{asked[number]}" if number in asked else f"## {title}"))
+            for number, heading in re.findall(r"^## (\d+)\. (.*)$", source, flags=re.MULTILINE):
+                cells.append(_text(f"## Exercise {number}\n\n{asked[number]}" if number in asked else f"## {heading}"))
         elif "gap" in cell["metadata"].get("tags", []):
             later = ("".join(c["source"]) for c in solution["cells"][place + 1 :] if c["cell_type"] == "code")
             left, check = gap(source, number, set(_names(ast.parse("\n".join(later)))))

@@ -60,6 +60,7 @@ def test_every_exercise_has_a_gap_and_loses_no_check(students, path):
     parts = [text.split(head)[1].split("\n## Exercise")[0] for head in heads]
     assert all("is still a gap" in part for part in parts)
     assert all(line in text for line in asked.values())
+    assert text.startswith(f"# {path.stem}: exercises\n")
     for cell in solution["cells"]:
         if "gap" in cell["metadata"].get("tags", []):
             source = "".join(cell["source"])
