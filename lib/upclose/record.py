@@ -55,10 +55,7 @@ def metrics(rows: Sequence[dict]) -> pd.DataFrame:
     Returns:
         The rows as a frame, with the run's name
     """
-    frame = pd.DataFrame(rows, columns=COLUMNS).assign(run=paths.run_name())
-    if (folder := paths.run_folder()) is not None:
-        frame.map(paths.cell).to_csv(folder / "metrics.csv", index=False, float_format="%.4f")
-    return frame
+    return _table(pd.DataFrame(rows, columns=COLUMNS).assign(run=paths.run_name()), "metrics", float_format="%.4f")
 
 
 def claims(tested: Sequence[Claim], unit: str = "crop set") -> pd.DataFrame:
@@ -71,10 +68,7 @@ def claims(tested: Sequence[Claim], unit: str = "crop set") -> pd.DataFrame:
     Returns:
         The ledger
     """
-    frame = ledger(tested, unit)
-    if (folder := paths.run_folder()) is not None:
-        frame.map(paths.cell).to_csv(folder / "claims.csv", index=False)
-    return frame
+    return _table(ledger(tested, unit), "claims")
 
 
 def pairs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -86,8 +80,12 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The same frame
     """
+    return _table(frame, "pairs")
+
+
+def _table(frame: pd.DataFrame, name: str, **options: Any) -> pd.DataFrame:
     if (folder := paths.run_folder()) is not None:
-        frame.map(paths.cell).to_csv(folder / "pairs.csv", index=False)
+        frame.map(paths.cell).to_csv(folder / f"{name}.csv", index=False, **options)
     return frame
 
 
