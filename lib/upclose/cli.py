@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 import pandas as pd
 
-MOST_SAID = 900  # characters of an error
+from upclose import paths
+
 EPILOG = """examples
   upclose run params/birdlets/00_start_here.yaml            one notebook on the embedded world
   upclose run params/birdlets/*.yaml --workers 2            several, two at a time
@@ -42,7 +43,7 @@ def _overrides(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from upclose import params, paths, run
+    from upclose import params, run
 
     overrides = _overrides(options.parameter)
     jobs = [job for file in options.file for job in params.jobs(file, overrides)]
@@ -64,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     print(run.summary(outcomes).to_string(index=False))
     for outcome in outcomes:
         if outcome.status == "failed":
-            print(_sentence(f"{outcome.job.name}: {outcome.error}"), file=sys.stderr)
+            print(paths.sentence(f"{outcome.job.name}: {outcome.error}"), file=sys.stderr)
     pages = {outcome.folder.parent / "index.html" for outcome in outcomes if outcome.status == "done"}
     for page in sorted(pages):
         print(f"page: {page}")
@@ -82,7 +83,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from upclose import compare, paths, report
+    from upclose import compare, report
 
     root = options.results or paths.results()
     measured = report.collect(root)
@@ -90,8 +91,7 @@ def _compare(options: argparse.Namespace) -> int:
     for file in [*report.tables(measured, out), *report.matrices(report.matrix(root), out)]:
         print(file)
     tables = pd.concat([compare.versus(measured, paper) for paper in compare.papers()])
-    kind = tables.status.str.extract("^(off by|incomplete)", expand=False).fillna(tables.status)
-    print(tables.groupby(["paper", "table", kind]).size().unstack(fill_value=0).to_string())
+    print(tables.groupby(["paper", "table", compare.kinds(tables.status)]).size().unstack(fill_value=0).to_string())
     return 0
 
 
@@ -197,15 +197,9 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
     return number
 
 
-def _sentence(error: object) -> str:
-    """What went wrong in one line that a terminal can show, of at most some hundred characters."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
-    return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID * 2 // 3]} ... {text[-MOST_SAID // 3 :]}"
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(_sentence(message))
+        super().error(paths.sentence(message))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -325,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     except _expected() as error:
-        print(f"upclose {options.command}: {_sentence(error)}", file=sys.stderr)
+        print(f"upclose {options.command}: {paths.sentence(error)}", file=sys.stderr)
         return 2
 
 

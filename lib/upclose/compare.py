@@ -171,6 +171,11 @@ def variants(measured: pd.DataFrame, swept: Iterable[str], paper: str, table: st
     return pd.concat(parts, ignore_index=True)
 
 
+def kinds(status: pd.Series) -> pd.Series:
+    """Each status without its number or what it lacks: "off by" and "incomplete" stand for all of theirs."""
+    return status.str.extract("^(off by|incomplete)", expand=False).fillna(status)
+
+
 def unprinted(measured: pd.DataFrame, paper: str) -> pd.DataFrame:
     """The measured rows that meet no cell of the paper's tables: other data sets, controls, averages.
 

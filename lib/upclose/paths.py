@@ -15,6 +15,7 @@ NOTEBOOKS = ROOT / "notebooks"
 PARAMS = ROOT / "params"
 WEIGHTS = PACKAGE / "weights"
 PUBLISHED = PACKAGE / "published"
+MOST_SAID = 900  # characters of an error
 
 
 def cache() -> Path:
@@ -72,6 +73,12 @@ _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?
 def printable(text: str) -> str:
     """A text without what commands a terminal and other characters that are not for reading."""
     return "".join(c for c in _ESCAPE.sub("", text) if c.isprintable())
+
+
+def sentence(error: object) -> str:
+    """What went wrong in one line that a terminal can show, of at most some hundred characters."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+    return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID * 2 // 3]} ... {text[-MOST_SAID // 3 :]}"
 
 
 def cell(value: object) -> object:

@@ -275,12 +275,11 @@ def matrices(tested: pd.DataFrame, folder: Path) -> list[Path]:
         stands = claims.square(lines, "p after Holm") < 0.05
         square = (gaps + stands.replace({True: "*", False: ""})).to_html(escape=True)
         squares.append(f"<h2>{html.escape(', '.join(filter(None, facts)))}: {int(lines.n.iloc[0])} images</h2>{square}")
-    page = (
-        f"<!doctype html>\n<meta charset='utf-8'><title>Method against method</title><style>{_STYLE}</style>\n"
-        "<h1>Method against method</h1><p>Row minus column in points, paired. A star: the difference stands at 5 % "
-        f"after Holm's correction over its table.</p>\n{''.join(squares)}\n"
+    said = (
+        "<p>Row minus column in points, paired. A star: the difference stands at 5 % after Holm's correction over its "
+        "table.</p>"
     )
-    paths.write(written[1], page.encode())
+    paths.write(written[1], page("method against method", "\n".join([said, *squares])))
     return written
 
 
@@ -311,8 +310,7 @@ def reproduced(
     paths.write(folder / f"{name}.csv", pd.concat(parts, names=["part", "row"]).map(paths.cell).to_csv().encode())
     body = [f"<p>{html.escape(note)}</p>" for note in notes]
     for title, frame in parts.items():
-        kinds = frame.verdict.str.extract(r"^(off by|incomplete)", expand=False).fillna(frame.verdict).value_counts()
-        count = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        count = ", ".join(f"{n} {kind}" for kind, n in compare.kinds(frame.verdict).value_counts().items())
         body += [f"<h2>{html.escape(title)}</h2>", f"<p>{len(frame)} values: {html.escape(count)}.</p>"]
         body.append(table(shown(frame)))
     for run, said in runs.items():

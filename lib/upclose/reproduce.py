@@ -183,7 +183,7 @@ def fetch(wanted: Iterable[Need], yes: bool) -> None:
         try:
             need.fetch()
         except (OSError, ValueError, RuntimeError) as error:
-            print(f"{need.kind} {need.name}: {error}", file=sys.stderr)
+            print(paths.sentence(f"{need.kind} {need.name}: {error}"), file=sys.stderr)
 
 
 def _agreed(what: str, yes: bool) -> bool:
@@ -246,14 +246,14 @@ def main(
     items = run.prepare([cell.job for cell in todo], root, here=not ray)
     short = lacking(left, items)
     for job, why in short.items():
-        print(f"{job}: {why}", file=sys.stderr)
+        print(paths.sentence(f"{job}: {why}"), file=sys.stderr)
     if short and (len(short) == len(todo) or not _agreed(f"run the {len(todo) - len(short)} that lack nothing", yes)):
         raise ParameterError(f"{len(short)} of {len(todo)} runs lack something: see above; nothing was run")
     todo, items = [c for c in todo if c.job.name not in short], [i for i in items if i.job.name not in short]
     outcomes = {outcome.job.name: outcome for outcome in run.execute(items, root, ray=ray, gpus=gpus)}
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:
-        print(f"{outcome.job.name}: {outcome.error}", file=sys.stderr)
+        print(paths.sentence(f"{outcome.job.name}: {outcome.error}"), file=sys.stderr)
     known, groups = doctor.sheets(), {sheet: [cell for cell in todo if cell.sheet == sheet] for sheet in sheets}
     parts = {known[sheet].reproduces: compared(group, outcomes) for sheet, group in groups.items() if group}
     whole = pd.concat(parts)
