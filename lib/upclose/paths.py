@@ -81,6 +81,12 @@ def sentence(error: object) -> str:
     return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID * 2 // 3]} ... {text[-MOST_SAID // 3 :]}"
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, for use within a sentence; the second too, if the first announces it."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join([first, *(line.strip() for line in more[: first.endswith(":")])])[:160].rstrip(".")
+
+
 def cell(value: object) -> object:
     """A value as a table's cell: printable, and no formula where a spreadsheet opens it."""
     if not isinstance(value, str):

@@ -25,7 +25,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
 
-from upclose import crops
+from upclose import crops, paths
 from upclose.encode import fingerprint, sources, tiny
 from upclose.features import Text
 
@@ -518,7 +518,8 @@ def load(
     Args:
         name: an open_clip model ("ViT-B-32-quickgelu", "hf-hub:...", "local-dir:..."), "birdlets-tiny",
             "birdlets-tiny-whole", or a checkpoint file that tells its own architecture (OpenAI's layout)
-        pretrained: an open_clip tag ("openai"), or a checkpoint file: safetensors or a `.pt` state dict.
+        pretrained: an open_clip tag ("openai"), or a checkpoint file: a state dict of open_clip's (safetensors or
+            `.pt`), OpenAI's archive, transformers' CLIPModel or the index of its shards (see `layouts`).
             None: the shipped weights of the birdlets models; random weights, the same in every process, and a warning
             for the others
         device: None is "cuda" where there is one, else "cpu"
@@ -781,7 +782,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device '{device}' cannot be used here ({sources.reason(error)}): choose 'cpu'") from error
+        raise ValueError(f"device '{device}' cannot be used here ({paths.reason(error)}): choose 'cpu'") from error
     return device
 
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-import io
 import logging
 import os
-import pickle
 import re
 import warnings
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -22,15 +18,13 @@ import torch
 from huggingface_hub import constants as hub
 from huggingface_hub.utils import get_session
 from open_clip.model import build_model_from_openai_state_dict, convert_to_custom_text_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from upclose.encode import tiny
+from upclose import paths
+from upclose.encode import layouts, tiny
 
-_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _HUB_SECONDS = 5  # that the hub may take to answer
 _Found = TypeVar("_Found")
-_OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")
 
 
 class Parts(NamedTuple):
@@ -79,7 +73,7 @@ def _self_described(name: str, pretrained: str | os.PathLike | None) -> Parts | 
         raise ValueError(
             f"{name!r} is a checkpoint file and has its own weights: leave pretrained={str(pretrained)!r} out"
         )
-    state, openai = _read(_existing(name))
+    state, openai, _ = layouts.read(_existing(name))
     if not openai:
         alike = _architectures(state)
         raise ValueError(
@@ -90,7 +84,7 @@ def _self_described(name: str, pretrained: str | os.PathLike | None) -> Parts | 
         model = build_model_from_openai_state_dict(dict(state), cast_dtype=None).float()
     except (KeyError, RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"{name} begins like OpenAI's layout but is not whole ({reason(error)}): get it again"
+            f"{name} begins like OpenAI's layout but is not whole ({paths.reason(error)}): get it again"
         ) from error
     _load_state(model, state, name, name)  # once more, since it was rounded to fp16
     return _parts(model, open_clip.tokenize, {})
@@ -114,8 +108,9 @@ def _from_open_clip(name: str, pretrained: str | os.PathLike | None) -> Parts:
         )
         facts = {}
     elif _is_path(wanted):
-        state, openai = _read(_existing(wanted))
-        facts = {"quick_gelu": True} if openai else _published(name, wanted, tags)
+        state, openai, quick_gelu = layouts.read(_existing(wanted))
+        facts = {} if openai else _published(name, wanted, tags)
+        facts = facts if quick_gelu is None else {**facts, "quick_gelu": quick_gelu}
     elif not (facts := open_clip.get_pretrained_cfg(name, wanted)):
         raise ValueError(_unknown_tag(name, wanted, tags))
     _check_activation(name, wanted, facts)
@@ -147,7 +142,7 @@ def _build(name: str, **options: bool) -> nn.Module:
     except Exception as error:
         kind = ConnectionError if name.startswith("hf-hub:") else ValueError
         raise kind(
-            f"{name!r} cannot be built ({reason(error)}): files that it needs from the network must be in the cache"
+            f"{name!r} cannot be built ({paths.reason(error)}): what it needs from the network must be in the cache"
         ) from error
     finally:
         logging.disable(quiet)
@@ -170,7 +165,7 @@ def _fetch(ask: Callable[[], _Found]) -> _Found:
         hub.HF_HUB_OFFLINE = asked
         logging.disable(quiet)
     if away := _away(asked):
-        raise ConnectionError(f"{away}; with the cache alone: {reason(lacking)}") from lacking
+        raise ConnectionError(f"{away}; with the cache alone: {paths.reason(lacking)}") from lacking
     return ask()
 
 
@@ -182,7 +177,7 @@ def _away(offline: bool) -> str:
     try:
         get_session().head(hub.ENDPOINT, timeout=_HUB_SECONDS)
     except Exception as error:
-        return f"{hub.ENDPOINT} cannot be reached: {reason(error)}; HF_HUB_OFFLINE=1 says so beforehand"
+        return f"{hub.ENDPOINT} cannot be reached: {paths.reason(error)}; HF_HUB_OFFLINE=1 says so beforehand"
     return ""
 
 
@@ -191,7 +186,7 @@ def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
         return _fetch(lambda: open_clip.get_tokenizer(name))
     except Exception as error:
         raise ConnectionError(
-            f"the tokenizer of {name!r} is not in the cache and could not be downloaded ({reason(error)}): "
+            f"the tokenizer of {name!r} is not in the cache and could not be downloaded ({paths.reason(error)}): "
             "load it once where there is a network and copy the cache"
         ) from error
 
@@ -207,10 +202,16 @@ def _parts(model: nn.Module, tokenize: Callable[[list[str]], Tensor], facts: dic
 
 def _check_activation(name: str, pretrained: str | None, facts: dict) -> None:
     """QuickGELU weights in a model without it give wrong embeddings, and nothing else would tell."""
-    if facts.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
+    wanted, applied = facts.get("quick_gelu"), bool(open_clip.get_model_config(name).get("quick_gelu"))
+    if wanted and not applied:
         raise ValueError(
             f"{pretrained!r} was trained with QuickGELU, which {name!r} does without: "
             f"load({f'{name}-quickgelu'!r}, pretrained={pretrained!r})"
+        )
+    if applied and wanted is False:
+        raise ValueError(
+            f"{pretrained!r} was trained with GELU, but {name!r} applies QuickGELU: "
+            f"load({name.removesuffix('-quickgelu')!r}, pretrained={pretrained!r})"
         )
 
 
@@ -254,7 +255,7 @@ def _download(name: str, tag: str, facts: dict) -> str:
         source = facts.get("hf_hub") or facts.get("url")
         raise ConnectionError(
             f"the weights {tag!r} of {name!r} are not in the cache and could not be downloaded from {source} "
-            f"({reason(error)}): fetch the file where there is a network and give its path, "
+            f"({paths.reason(error)}): fetch the file where there is a network and give its path, "
             f"load({name!r}, pretrained='/path/to/file'), or use 'birdlets-tiny', which is shipped"
         ) from error
 
@@ -269,13 +270,13 @@ def _load_published(model: nn.Module, file: str, name: str, tag: str) -> None:
         open_clip.load_checkpoint(model, file)
     except Exception as error:
         raise ValueError(
-            f"{file}, downloaded as {tag!r} of {name!r}, cannot be loaded ({reason(error)}): it is cut short or "
+            f"{file}, downloaded as {tag!r} of {name!r}, cannot be loaded ({paths.reason(error)}): it is cut short or "
             "belongs to another model; remove it, and it is downloaded again"
         ) from error
 
 
 def _is_path(name: str) -> bool:
-    return name.endswith(_SUFFIXES) or name.startswith(("/", "./", "../", "~")) or os.path.isfile(name)
+    return name.endswith(layouts.SUFFIXES) or name.startswith(("/", "./", "../", "~")) or os.path.isfile(name)
 
 
 def _existing(path: str | os.PathLike) -> Path:
@@ -286,98 +287,9 @@ def _existing(path: str | os.PathLike) -> Path:
         raise FileNotFoundError(f"{path} is a folder: give the checkpoint file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}, nor a folder {path.parent}: correct the path")
-    beside = [file.name for file in path.parent.iterdir() if file.name.endswith(_SUFFIXES)]
+    beside = [file.name for file in path.parent.iterdir() if file.name.endswith(layouts.SUFFIXES)]
     there = _nearest(path.name, beside) if beside else "none is beside it"
     raise FileNotFoundError(f"there is no checkpoint {path}: correct the path ({there})")
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """A state dict without wrappers and prefixes, and whether it is in OpenAI's layout (which means QuickGELU)."""
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except Exception as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights ({reason(error)}): "
-            "it is cut short or holds something else than tensors; get it again, or save it as safetensors"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: save model.state_dict()")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    openai = any(key in state for key in _OPENAI_FACTS)
-    return {key: value for key, value in state.items() if key not in _OPENAI_FACTS}, openai
-
-
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-
-
-class _Record:
-    """What stands for every class of a TorchScript archive: it holds what it is given and does nothing."""
-
-    def __setstate__(self, state: dict) -> None:
-        self.held = state
-
-
-class _Script(pickle.Unpickler):
-    """The data of a TorchScript archive. Its classes become records, its numbers tensors, all else is refused."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root = archive, root
-
-    def find_class(self, module: str, name: str) -> object:
-        if module.split(".")[0] == "__torch__":
-            return _Record
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        if module == "torch.jit._pickle":
-            return lambda value, *_: value  # lists with a type, and values with a tag
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset).clone()
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no archive of weights needs")
-
-    def persistent_load(self, pid: tuple) -> Tensor:
-        _, dtype, key, *_ = pid
-        content = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-        return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-
-
-def script_state(path: Path) -> dict[str, Tensor]:
-    """The parameters and buffers of a TorchScript archive, of whose program nothing is executed."""
-    with zipfile.ZipFile(path) as archive:
-        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
-        return dict(_held(_Script(archive, root).load()))
-
-
-def _held(record: _Record, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in record.held.items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Record):
-            yield from _held(value, f"{prefix}{name}.")
-
-
-def _read_torch(path: Path) -> dict:
-    """A `.pt` file: tensors only, or a TorchScript archive as OpenAI published them."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if script:
-            return script_state(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _load_state(model: nn.Module, state: dict[str, Tensor], name: str, path: str) -> None:
@@ -397,7 +309,9 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], name: str, path: str
     if wrong:
         alike = _architectures(state)
         more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-        hint = f"its shapes are those of {', '.join(alike)}" if alike else "name the model that it was trained as"
+        hint = "name the model that it was trained as"
+        if alike:
+            hint = "it is not whole" if name in alike else f"its shapes are those of {', '.join(alike)}"
         raise ValueError(f"{path} does not fit {name!r} ({'; '.join(wrong[:2])}{more}): {hint}")
     model.load_state_dict(state)
 
@@ -423,9 +337,3 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     lower = {other.lower(): other for other in names}
     close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.3) or list(lower)[:3]
     return f"nearest: {', '.join(lower[other] for other in close)}"
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, for use within a sentence; the second too, if the first announces it."""
-    first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join([first, *(line.strip() for line in more[: first.endswith(":")])])[:160].rstrip(".")
