@@ -8,7 +8,7 @@ NUMBERED := $(sort $(wildcard notebooks/0*.ipynb))
 OTHERS := $(sort $(wildcard notebooks/ablations/*.ipynb notebooks/complexity/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce ablations test test-all bench bench-gpu site slides students lint lab clean
+.PHONY: help reproduce ablations record test test-all bench bench-gpu site slides students lint lab clean
 
 help:  ## this page
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ reproduce: $(VENV)/.ready  ## run the numbered notebooks on Birdlets into result
 
 ablations: $(VENV)/.ready  ## run the ablation and complexity notebooks
 	$(BIN)/upclose run --workers 2 $(OTHERS:notebooks/%.ipynb=params/birdlets/%.yaml)
+
+record: $(VENV)/.ready  ## run every notebook at the size that its sentences should rest on: hours (DEVICE=cuda: on a GPU)
+	$(BIN)/upclose run --workers $(WORKERS) $(addprefix -p device=,$(DEVICE)) $(wildcard params/recorded/*.yaml)
 
 test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
 	$(BIN)/ruff check .

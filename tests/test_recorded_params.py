@@ -1,0 +1,63 @@
+"""The sheets of `make record`: every notebook, at the sizes on which a claim may rest."""
+
+import pytest
+
+from upclose import params, paths
+
+RECORDED = sorted((paths.PARAMS / "recorded").glob("*.yaml"))
+PHOTOS, OTHERS = 2000, 1000  # pictures, for claims about accuracy on photos and in other domains
+PHOTO_BOOKS = [
+    "01_lgca",
+    "02_lazsl",
+    "03_dnd",
+    "05_lare",
+    *(f"ablations/{n}" for n in ("dnd", "lare", "lazsl", "lgca")),
+]
+
+
+def jobs(notebook: str) -> list[dict]:
+    """The values of every cell of a notebook's recorded sheet."""
+    (sheet,) = [file for file in RECORDED if params.read(file).notebook == notebook]
+    return [job.values for job in params.jobs(sheet)]
+
+
+def test_every_notebook_has_a_sheet_that_resolves():
+    names = [params.read(file).notebook for file in RECORDED]
+    small = sorted(params.read(file).notebook for file in (paths.PARAMS / "birdlets").rglob("*.yaml"))
+    assert sorted(names) == small
+    assert all(jobs(name) for name in names)
+
+
+@pytest.mark.parametrize("notebook", PHOTO_BOOKS)
+def test_claims_on_photos_rest_on_enough_pictures(notebook):
+    for values in jobs(notebook):
+        assert values["images"] >= PHOTOS
+        assert values.get("tpt_images", PHOTOS) >= PHOTOS
+
+
+def test_claims_in_other_worlds_rest_on_enough_pictures():
+    for values in jobs("00_start_here"):
+        assert values["images"] / 4 >= OTHERS  # a quarter in each
+    for notebook in ("02_lazsl",):
+        assert all(values["images"] / 2 >= OTHERS for values in jobs(notebook))  # half in each
+
+
+@pytest.mark.parametrize("notebook", [params.read(file).notebook for file in RECORDED])
+def test_crop_sets_and_seeds_are_enough(notebook):
+    least = 5 if "shots" in jobs(notebook)[0] or "lare" in notebook else 3
+    for values in jobs(notebook):
+        assert len(values.get("crop_seeds", range(3))) >= 3
+        assert len(values.get("seeds", range(least))) >= least
+
+
+def test_fair_has_the_papers_epochs_and_pictures():
+    for values in jobs("04_fair"):
+        assert values["epochs"] >= 15
+        assert values["images"] >= 1000
+    for values in jobs("ablations/fair"):
+        assert values["repeats"] >= 15
+        assert min(values["images"], values["samples"]) >= 1000
+
+
+def test_all_are_run_with_the_same_encoders():
+    assert len({tuple(values["backbone"] for values in jobs(params.read(file).notebook)) for file in RECORDED}) == 1
