@@ -56,7 +56,6 @@ def test_registry_agrees_with_the_papers_counts():
     for entry in registry.entries().values():
         assert entry.licence
         assert entry.homepage.startswith("http")
-        assert entry.get
 
 
 def test_coops_counts_follow_its_rules():
@@ -161,12 +160,12 @@ def test_missing_list_file_is_named(tmp_path, name, protocol, lost):
 
 
 def test_missing_data_set_says_how_to_get_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"upclose.datasets.download\('dtd'\)"):
+    with pytest.raises(FileNotFoundError, match=r"`upclose data get dtd` gets dtd-r1.0.1.tar.gz, or set UPCLOSE_DATA"):
         load(tmp_path, "dtd")
-    with pytest.raises(FileNotFoundError, match=r"CUB_200_2011\.tgz by hand"):
-        load(tmp_path, "cub")
-    with pytest.raises(ValueError, match="by hand"):
-        datasets.download("cub", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"get ImageNet-Sketch\.zip by hand from https://"):
+        load(tmp_path, "imagenet-sketch")
+    with pytest.raises(FileNotFoundError, match=r"get the official images, split into train/ and test/"):
+        load(tmp_path, "aid")
 
 
 def test_missing_picture_is_named_when_the_data_set_is_opened(tmp_path):

@@ -18,7 +18,8 @@ def test_plain_page(capsys):
     assert doctor.main() == 0
     page = capsys.readouterr().out
     assert "torch " in page
-    assert "CUB_200_2011.tgz by hand" in page
+    assert "/CUB_200_2011: `upclose data get cub` gets CUB_200_2011.tgz" in page
+    assert "get ImageNet-Sketch.zip by hand from https://github.com/" in page
     assert "drawn by the program" in page
     assert "LGCA Table 1" not in page
 

@@ -117,7 +117,9 @@ def test_the_dry_run_prices_what_is_missing_and_writes_nothing(tmp_path, monkeyp
     assert "lgca-table1: 8 runs" in said
     assert re.search(r"weights  to be fetched: ViT-B/16, .*https://huggingface.co/", said)
     assert "data     here: dtd (official)" in said
-    assert re.search(r"data     by hand: cub .*CUB_200_2011.tgz", said)
+    assert re.search(
+        r"data     to be fetched: cub \(official\), 1\.1 GiB: .*`upclose data get cub` gets CUB_200_2011.tgz", said
+    )
     assert re.search(r"prompts  to be fetched: cupl of dtd, \d+\.\d KiB", said)
     assert re.search(
         r"dtd test, ViT-B/32, 100 crops, alpha 0\.5, beta 0\.9, tau 1\.1, seeds 0 1 2: 1,880 pictures, 3,389,640 "
@@ -265,12 +267,18 @@ def test_a_run_that_fails_is_named_and_the_others_are_compared(measured, capsys,
     assert "70.00" not in capsys.readouterr().out  # what other parameters have measured is not this call's
 
 
+def unreachable(*_):
+    raise ConnectionError("no network")
+
+
 def test_what_lacks_something_is_named_before_any_work_and_left_out(measured, capsys, monkeypatch):
     measured("dtd")
     call = ["reproduce", "lgca-table1", "--device", "cpu", "--only"]
     monkeypatch.setattr(prompts, "fetch", lambda file: None)
+    monkeypatch.setattr(datasets, "download", unreachable)
     assert cli.main([*call, "cub", "--yes"]) == 2
     said = capsys.readouterr().err
+    assert "data cub (official): no network" in said
     assert "lgca-table1-cub-ViT-B-32-quickgelu-1.1: cub (official) test is not at" in said
     assert "4 of 4 runs lack something" in said
     assert not list(paths.results().glob("*/*/run.json"))

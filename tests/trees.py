@@ -214,6 +214,8 @@ def coop(folder, entry, each):
         for c, name in enumerate(names(entry.classes)):
             for i in range(each):
                 path = f"{name}_{part}{i}.jpg" if flat else f"{name}/{part}{i}.jpg"
+                if entry.dataset == "stanford-cars":
+                    path = f"cars_{'test' if part == 'test' else 'train'}/{path}"
                 picture(folder / pictures / path, c)
                 content[part].append([path, c, f"{name}_named"])
     (folder / f"split_zhou_{ending}.json").write_text(json.dumps(content))

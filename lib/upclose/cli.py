@@ -1,4 +1,4 @@
-"""The command line: `upclose run`, `upclose reproduce`, `upclose compare`, `upclose bank`, `upclose doctor`."""
+"""The command line: `upclose run`, `upclose reproduce`, `upclose compare`, `upclose data`, `upclose bank`..."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ EPILOG = """examples
   upclose run params/papers/lare-table1.yaml -p dataset=cub-painting -p device=cuda
   upclose reproduce lgca-table1 --dry-run                   the same, with prices; without --dry-run fetch, run, compare
   upclose compare                                           the papers' tables with what the runs measured
+  upclose data get dtd cub                                  data sets, from their servers or --from a folder
   upclose bank ls                                           encoded features on this machine
   upclose explain bird.jpg --classes mine.json --out page   what the methods match in a picture of yours
   upclose doctor                                            what this machine can run, and what is missing
@@ -93,6 +94,48 @@ def _compare(options: argparse.Namespace) -> int:
     tables = pd.concat([compare.versus(measured, paper) for paper in compare.papers()])
     print(tables.groupby(["paper", "table", compare.kinds(tables.status)]).size().unstack(fill_value=0).to_string())
     return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from upclose import datasets
+    from upclose.datasets import archives, registry
+
+    root = paths.data()
+    if options.action == "ls":
+        print("\n".join(archives.line(entry, root) for entry in registry.entries().values()))
+        return 0
+    wanted, wrong = _wanted(options), 0
+    for entry in wanted:
+        name = f"{entry.dataset} ({entry.protocol})"
+        if options.action == "where":
+            print("\n".join(archives.described(entry, root)))
+        elif options.action == "get":
+            try:
+                print(f"{name}: {datasets.download(entry.dataset, root, entry.protocol, options.source)}")
+            except (OSError, ValueError, RuntimeError) as error:  # the others are fetched all the same
+                print(paths.sentence(error), file=sys.stderr)
+                wrong += 1
+        else:
+            found = [*datasets.verify(entry.dataset, entry.protocol, root, options.split)]
+            print("\n".join(map(paths.sentence, found)) or f"{name}: sound")
+            wrong += len(found)
+    return int(wrong > 0)
+
+
+def _wanted(options: argparse.Namespace) -> list[Any]:
+    """The registry's entries that a command names, or that a table reads."""
+    from upclose import doctor, reproduce
+    from upclose.datasets import registry
+
+    table = getattr(options, "table", None)
+    if bool(table) == bool(options.name):
+        raise ValueError("name data sets or a --table, one of both; `upclose data ls` has their names")
+    if own := [name for name in options.name if name == "birdlets" or registry.is_own(name)]:
+        raise ValueError(f"there is nothing to get or to check of {own[0]}: it is drawn by the program, or your own")
+    if table:
+        cells = reproduce.cells(reproduce.tables(Path(table).name))
+        return list({entry[:2]: entry for cell in cells for entry in doctor.entries(cell.values)}.values())
+    return [registry.entry(name, options.protocol) for name in options.name]
 
 
 def _bank(options: argparse.Namespace) -> int:
@@ -251,6 +294,20 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--results", type=_folder, help="results folder (default: UPCLOSE_RESULTS, else results/)")
     compare.add_argument("--out", type=_folder, help="folder of the tables (default: compare/ in the results folder)")
     compare.set_defaults(function=_compare)
+
+    data = commands.add_parser("data", help="the papers' data sets: list, get, check")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("ls", help="each with what is here, its size and its licence")
+    get = actions.add_parser("get", help="download and unpack what is missing; say what must be got by hand")
+    get.add_argument("--table", metavar="SHEET", help="of params/papers: all its data sets")
+    get.add_argument("--from", dest="source", type=_folder, metavar="FOLDER", help="in which archives lie already")
+    verify = actions.add_parser("verify", help="read every picture, compare numbers")
+    verify.add_argument("--split", action="append", default=[], choices=("train", "validation", "test"))
+    where = actions.add_parser("where", help="folder, archives, sizes, checksums, home page")
+    for action in (get, verify, where):
+        action.add_argument("name", nargs="*", help="of a data set")
+        action.add_argument("--protocol", help="whose split: official, coop, vissl (default: the first in ls)")
+    data.set_defaults(function=_data)
 
     bank = commands.add_parser("bank", help="encode data sets, list, check and remove what is encoded")
     actions = bank.add_subparsers(dest="action", required=True, metavar="ACTION")

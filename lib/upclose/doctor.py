@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from upclose import compare, costs, datasets, encode, params, paths, prompts
-from upclose.datasets import adapters, registry
+from upclose.datasets import archives, registry
 
 KINDS = ("weights", "data", "prompts", "notebook")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
@@ -81,10 +81,9 @@ def missing_data(name: str, protocol: str | None = None) -> str:
     """Where a data set belongs and how to get it, "" if it is there."""
     if name == "birdlets" or registry.is_own(name):
         return ""
-    entry = registry.entry(name, protocol)
-    folder = paths.data() / entry.folder
-    there = folder.is_dir() and adapters.split_file(folder, entry).exists()
-    return "" if there else f"{adapters.split_file(folder, entry)}: {datasets.get(entry)}"
+    entry, root = registry.entry(name, protocol), paths.data()
+    here = archives.state(entry, root) == "here"
+    return "" if here else f"{root / entry.folder}: {archives.how(entry, root)}"
 
 
 def missing_prompts(sources: Iterable[str], dataset: str) -> dict[str, str]:
@@ -114,6 +113,13 @@ def _sources(about: params.About, values: dict[str, Any]) -> set[str]:
     }
 
 
+def entries(values: dict[str, Any]) -> list[registry.Entry]:
+    """The data sets that a cell reads."""
+    sets = [(values["dataset"], values.get("protocol"))]
+    sets += [(values["train_dataset"], None)] if values.get("train_dataset") else []
+    return [registry.entry(name, protocol) for name, protocol in sets]
+
+
 def needs(notebook: str, cells: Iterable[dict[str, Any]]) -> list[Need]:
     """What cells of a notebook's parameter file need, each thing once.
 
@@ -127,12 +133,13 @@ def needs(notebook: str, cells: Iterable[dict[str, Any]]) -> list[Need]:
         get = missing_weights(*backbone)
         load = partial(encode.load, *backbone, "cpu") if get.startswith("https://") else None
         found.append(Need("weights", backbone.label, get, load))
-        sets = [(values["dataset"], values.get("protocol"))]
-        sets += [(values["train_dataset"], None)] if values.get("train_dataset") else []
-        for entry in (registry.entry(name, protocol) for name, protocol in sets):
+        for entry in entries(values):
+            lacking = archives.missing(entry, paths.data())
+            urls = [archive for archive in lacking if archive.url]
+            load = partial(datasets.download, entry.dataset, None, entry.protocol) if urls else None
+            known = sum(archive.bytes for archive in urls)
             get = missing_data(entry.dataset, entry.protocol)
-            load = partial(datasets.download, entry.dataset) if get and entry.get == "datasets.download" else None
-            found.append(Need("data", f"{entry.dataset} ({entry.protocol})", get, load))
+            found.append(Need("data", f"{entry.dataset} ({entry.protocol})", get, load, known))
         found += _prompts(_sources(about, values), values["dataset"])
     run = (paths.NOTEBOOKS / f"{notebook}.ipynb").is_file()
     found.append(Need("notebook", notebook, "" if run else "not among the notebooks"))

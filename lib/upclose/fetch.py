@@ -33,6 +33,19 @@ _PAGES = (b"<!doctype html", b"<html")
 _PAGE = "{} gives a web page and no file: open it in a browser, it says why"
 
 
+def amount(size: int) -> str:
+    """A number of bytes as people say it, "596.3 MiB"; 0 is one that nobody knows."""
+    unit, power = next(((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if size >= 2**p), ("KiB", 10))
+    return f"{size / 2**power:,.1f} {unit}" if size else "size not known"
+
+
+def total(sizes: Iterable[int]) -> str:
+    """The sum of some numbers of bytes as people say it, and how many nobody knows (0)."""
+    each = [*sizes]
+    parts = [amount(sum(each))] if sum(each) else []
+    return " and ".join([*parts, *([f"{each.count(0)} of unknown size"] if 0 in each else [])]) or "nothing"
+
+
 def room(folder: Path, wanted: int, what: str) -> None:
     """That there is room on a folder's disk.
 
@@ -203,15 +216,16 @@ def unpack(archive: Path, folder: Path, wanted: Iterable[str], inside: str = "",
         ValueError: it is damaged, not safe, or lacks a part
         OSError: there is no room
     """
-    wanted, folder = list(wanted), folder.resolve()
-    with _workshop(folder.parent / f".{folder.name}.unpacking") as shop:
+    wanted, folder, source = list(wanted), folder.resolve(), archive
+    with workshop(folder.parent / f".{folder.name}.unpacking") as shop:
         if inner:
             _extract(archive, shop / "outer", [PurePosixPath(inner)])
-            archive = shop / "outer" / inner
+            if not (source := shop / "outer" / inner).exists():
+                raise ValueError(f"{archive} holds no {inner!r}: it is another archive, remove it")
         parts = [PurePosixPath(inside, name) for name in wanted]
-        _extract(archive, shop / "parts", parts)
+        _extract(source, shop / "parts", parts)
         if absent := [part for part in parts if not (shop / "parts" / part).exists()]:
-            raise ValueError(f"{archive.name} holds no {str(absent[0])!r}: it is another archive, remove it")
+            raise ValueError(f"{archive} holds no {str(absent[0])!r}: it is another archive, remove it")
         for name, part in zip(wanted, parts):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +234,7 @@ def unpack(archive: Path, folder: Path, wanted: Iterable[str], inside: str = "",
 
 
 @contextmanager
-def _workshop(shop: Path) -> Iterator[Path]:
+def workshop(shop: Path) -> Iterator[Path]:
     """A folder that is gone afterwards, also what an interrupted call left of it."""
     shutil.rmtree(shop, ignore_errors=True)
     shop.mkdir(parents=True)

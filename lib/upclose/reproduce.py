@@ -21,6 +21,7 @@ import torch
 
 from upclose import compare, costs, devices, doctor, params, paths, report, run
 from upclose.doctor import Need
+from upclose.fetch import amount, total
 from upclose.params import ParameterError
 
 SECONDS = 10  # that measuring the rates may take
@@ -113,7 +114,7 @@ def plan(cells: Sequence[Cell], wanted: Iterable[Need]) -> Iterator[str]:
             yield f"{kind:8} here: {', '.join(here)}"
         for need in (need for need in lines if need.get):
             how = "to be fetched" if need.fetch else "by hand"
-            yield f"{kind:8} {how}: {need.name}, {_size(need.bytes)}: {need.get}"
+            yield f"{kind:8} {how}: {need.name}, {amount(need.bytes)}: {need.get}"
     yield f"banks    {len(readers)}, each built once, by the first run that reads it"
     for _, group in groupby(readers, key=lambda bank: bank._replace(seed=None)):
         sets = [*group]
@@ -122,7 +123,7 @@ def plan(cells: Sequence[Cell], wanted: Iterable[Need]) -> Iterator[str]:
         seeds = "" if bank.seed is None else f", seeds {' '.join(str(each.seed) for each in sets)}"
         yield (
             f"  {bank.dataset} {bank.split}, {bank.backbone.label}, {bank.crops}{seeds}: {bank.images:,} pictures, "
-            f"{len(sets) * bank.encodings:,} encodings, {_size(len(sets) * bank.bytes)}; read by "
+            f"{len(sets) * bank.encodings:,} encodings, {amount(len(sets) * bank.bytes)}; read by "
             f"{', '.join(names[:3])}{more}"
         )
     if passing := sum(cell.work.passing for cell in cells):
@@ -133,8 +134,8 @@ def _priced(cells: Sequence[Cell], wanted: Iterable[Need], device: str, places: 
     """The price in lines, by rates that are measured here."""
     banks = sum(bank.bytes for bank in costs.readers(cell.work for cell in cells))
     free = {os.stat(p).st_dev: p for p in map(doctor.existing, (paths.data(), paths.cache(), *_bank_folder()))}
-    said = "; ".join(f"{_size(shutil.disk_usage(p).free)} are free at {p}" for p in free.values())
-    yield f"disk     {_size(banks)} of banks, {_sum(wanted)} to fetch; {said}"
+    said = "; ".join(f"{amount(shutil.disk_usage(p).free)} are free at {p}" for p in free.values())
+    yield f"disk     {amount(banks)} of banks, {_sum(wanted)} to fetch; {said}"
     if device.startswith("cuda") and not torch.cuda.is_available():
         yield "price    not known: this machine has no GPU to measure a rate on"
         return
@@ -154,17 +155,8 @@ def _bank_folder() -> list[Path]:
 
 
 def _sum(wanted: Iterable[Need]) -> str:
-    """The size of all that is missing."""
-    each = [need.bytes for need in wanted if need.get]
-    unknown = f" and {each.count(0)} of unknown size" if 0 in each else ""
-    return f"{_size(sum(each)) if sum(each) else 'nothing of known size'}{unknown}"
-
-
-def _size(number: int) -> str:
-    if not number:
-        return "size not known"
-    unit, power = next(((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if number >= 2**p), ("KiB", 10))
-    return f"{number / 2**power:,.1f} {unit}"
+    """The size of all that can be fetched."""
+    return total(need.bytes for need in wanted if need.fetch)
 
 
 # -------------------------------------------------------------------------------------------------------------- the run

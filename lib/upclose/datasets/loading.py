@@ -1,6 +1,6 @@
 """Data sets by name: Birdlets, every data set of the five papers in its official layout, anybody's pictures.
 
-`load` reads what is on the disk and checks it against the registry; nothing is downloaded unless `download` is called.
+`load` reads what is on the disk and checks it against the registry; nothing is downloaded (`archives` does).
 """
 
 from __future__ import annotations
@@ -9,30 +9,20 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.datasets as tv
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from upclose import birdlets, paths
-from upclose.datasets import adapters, registry, tars
+from upclose.datasets import adapters, archives, registry, tars
 from upclose.datasets.adapters import Items, Record
 from upclose.datasets.encoded import Encoded
 from upclose.features import Dataset
-from upclose.images import begins, load_image
-
-DOWNLOADS = {
-    "oxford-pets": lambda root: tv.OxfordIIITPet(root, download=True),
-    "dtd": lambda root: tv.DTD(root, download=True),
-    "food101": lambda root: tv.Food101(root, download=True),
-    "places365": lambda root: tv.Places365(root / "places365", split="val", small=True, download=True),
-    "flowers102": lambda root: tv.Flowers102(root, download=True),
-    "fgvc-aircraft": lambda root: tv.FGVCAircraft(root, download=True),
-}
-
+from upclose.images import ImageError, begins, load_image
 
 END = 2**16  # bytes at either end of a picture that its folder's fingerprint holds
 
@@ -282,16 +272,20 @@ def _registered(entry: registry.Entry, split: str, root: Path, domain: str | Non
         raise ValueError(f"{entry.dataset} ({entry.protocol}) has no split {split!r}; there are {', '.join(there)}")
     folder, where = root / entry.folder, f"{entry.dataset} ({entry.protocol}) {split}"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{where} is not at {folder}: {get(entry)}, or set UPCLOSE_DATA")
+        raise FileNotFoundError(f"{where} is not at {folder}: {archives.how(entry, root)}, or set UPCLOSE_DATA")
     try:
         items = adapters.read(folder, split, entry)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}: there is no {error.filename}: {get(entry)}") from None
+        raise FileNotFoundError(f"{where}: there is no {error.filename}: {archives.how(entry, root)}") from None
     except (RuntimeError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{where}: {folder} is not in the official layout ({error}): {get(entry)}") from None
+        raise ValueError(
+            f"{where}: {folder} is not in the official layout ({error}): {archives.how(entry, root)}"
+        ) from None
     adapters.check(items, where)
     if len(items.class_names) != entry.classes:
-        raise ValueError(f"{where}: {folder} has {len(items.class_names)} classes, not {entry.classes}: {get(entry)}")
+        raise ValueError(
+            f"{where}: {folder} has {len(items.class_names)} classes, not {entry.classes}: {archives.how(entry, root)}"
+        )
     if entry.domains:
         expected = sum(counts[split == "test"] for counts in entry.domains.values())
     if len(items.files) != expected:
@@ -310,26 +304,32 @@ def _of_domains(data: Listed, domain: str) -> Listed:
     return data.select(np.flatnonzero(np.isin(data.domain, wanted)))
 
 
-def get(entry: registry.Entry) -> str:
-    """How to get a data set, as a clause of a sentence."""
-    if entry.get == "datasets.download":
-        return f"get it with upclose.datasets.download({entry.dataset!r})"
-    return f"get {entry.get or 'it'} ({entry.homepage})"
-
-
-def download(name: str, root: str | Path | None = None) -> None:
-    """Get a data set where torchvision can.
+def verify(
+    name: str, protocol: str | None = None, root: str | Path | None = None, splits: Sequence[str] = ()
+) -> Iterator[str]:
+    """Read every picture of a data set and compare its numbers with the registry's.
 
     Args:
         name: of the data set
+        protocol: see `load`
         root: see `load`
+        splits: which; all that the registry has when none is named
 
-    Raises:
-        ValueError: torchvision has no download of it; says where to get it
+    Yields:
+        what is wrong, a sentence each
     """
-    entry = registry.entry(name)
-    if name not in DOWNLOADS:
-        raise ValueError(f"{name} has to be fetched by hand: {get(entry)}")
-    folder = Path(root) if root else paths.data()
-    folder.mkdir(parents=True, exist_ok=True)
-    DOWNLOADS[name](folder)
+    entry = registry.entry(name, protocol)
+    for split in splits or [split for split in registry.SPLITS if getattr(entry, split)]:
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", CountWarning)
+                data = load(name, split, root, protocol=entry.protocol)
+        except (FileNotFoundError, ValueError) as error:
+            yield str(error)
+            continue
+        yield from (str(warning.message) for warning in said)
+        for i in tqdm(range(len(data)), f"{name} {split}", disable=None):
+            try:
+                data.load(i)
+            except ImageError as error:
+                yield str(error)
