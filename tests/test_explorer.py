@@ -1,5 +1,6 @@
 """The explorer's page: what it is given is the library's, and what it computes is the library's too."""
 
+import itertools
 import json
 import re
 
@@ -205,11 +206,37 @@ def test_the_page_passes_axe_in_both_colours(page, scheme):
     assert not {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}
 
 
+MOVE = """
+const input = document.getElementById(arguments[0]);
+input.value = arguments[1];
+input.dispatchEvent(new Event("input"));
+document.body.offsetHeight;  // lays the page out
+"""
+
+
 @pytest.mark.browser
-def test_a_slider_answers_at_once(page):
-    _ready(page)
-    took = page.execute_script(
-        "explorer.choose('LaZSL'); const begin = performance.now();"
-        "explorer.set({epsilon: 30}); return performance.now() - begin"
-    )
-    assert took < 1000  # 50 ms on two quiet cores
+@pytest.mark.parametrize("method", ["WCA", "LGCA", "LaZSL", "D&D"])
+def test_a_slider_answers_at_once(browser, encoder, picture, tmp_path, method):
+    """A move takes the page under 50 ms, with as many sentences as a bird of the book has at most.
+
+    What counts is the page's time on a processor, drawing included: it does not depend on what else a machine does.
+    """
+    said = {name: [f"sentence {k}" for k in range(12)] for name in ("tern", "crow")}
+    text = encode.embed_text(encoder, [*said], [*said.values()])
+    browser.get(explorer.write(tmp_path, [explorer.case(encoder, picture, "a", text, said)]).as_uri())
+    _ready(browser)
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy():
+        found = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return next(1000 * metric["value"] for metric in found if metric["name"] == "TaskDuration")
+
+    browser.execute_script("explorer.choose(arguments[0])", method)
+    sliders = browser.execute_script("return [...document.querySelectorAll('#sliders input')].map((s) => s.id)")
+    took = {}
+    for slider, value in itertools.product(sliders, (0, 25, 50, 75, 100)):
+        before = busy()
+        browser.execute_script(MOVE, slider, value)
+        took[slider, value] = busy() - before
+    browser.execute_cdp_cmd("Performance.disable", {})
+    assert all(0 < each < 50 for each in took.values()), took
