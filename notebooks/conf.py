@@ -302,23 +302,32 @@ def _parents(node: nodes.Node):
         yield node
 
 
+NOT_PROSE = (nodes.reference, nodes.literal, nodes.math, nodes.raw)
+
+
 def glossary(app, doctree, docname) -> None:
-    """Link the first use of each term of the guide's glossary on a notebook's page."""
+    """Link the first use of each term of the guide's glossary in the paragraphs of a notebook's page."""
     if not str(app.env.doc2path(docname)).endswith(".ipynb"):
         return
-    terms = [name for kind, name in app.env.get_domain("std").objects if kind == "term"]
+    terms = {name: to for (kind, name), to in app.env.get_domain("std").objects.items() if kind == "term"}
+    longest_first = "|".join(map(re.escape, sorted(terms, key=len, reverse=True)))
+    pattern = re.compile(rf"(?<![\w-])({longest_first})s?\b", re.IGNORECASE)
     for text in list(doctree.findall(nodes.Text)):
-        above = text.parent
-        if not isinstance(above, nodes.paragraph) or not terms:
+        above = [*_parents(text)]
+        if any(isinstance(node, NOT_PROSE) for node in above):
             continue
-        if match := re.search(rf"\b({'|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))})s?\b", text):
-            terms.remove(match[1])
-            page, label = app.env.get_domain("std").objects["term", match[1]]
-            link = nodes.reference("", match[0], internal=True)
-            link["refuri"] = f"{app.builder.get_relative_uri(docname, page)}#{label}"
-            parts = [nodes.Text(text[: match.start()]), link, nodes.Text(text[match.end() :])]
-            place = above.index(text)
-            above[place : place + 1] = parts
+        if not any(isinstance(node, nodes.paragraph) for node in above):
+            continue
+        parts, end = [], 0
+        for match in pattern.finditer(text):
+            if to := terms.pop(match[1].lower(), None):
+                page, label = to
+                link = nodes.reference("", match[0], internal=True)
+                link["refuri"] = f"{app.builder.get_relative_uri(docname, page)}#{label}"
+                parts += [nodes.Text(text[end : match.start()]), link]
+                end = match.end()
+        if parts:
+            text.parent.replace(text, [*parts, nodes.Text(text[end:])])
 
 
 def finish(app, error) -> None:

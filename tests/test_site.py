@@ -13,6 +13,7 @@ from upclose import costs, doctor, paths
 
 pytest.importorskip("sphinx", reason="the extra `site` is not installed")
 pytest.importorskip("myst_nb", reason="the extra `site` is not installed")
+bs4 = pytest.importorskip("bs4", reason="the extra `site` is not installed")
 pytestmark = pytest.mark.xdist_group("site")  # which is built once
 PAGES = ("index", "00_start_here", "02_lazsl", "guide", "pages/what_holds", "generated/lgca", "reference/upclose.crops")
 PAGES += ("pages/reproduce_a_table",)
@@ -165,7 +166,28 @@ def test_the_book_is_whole_small_and_asks_no_other_host(site):
     needed = set(re.findall(r'(?:src|href)="([^":#?]+\.(?:png|jpg|css|js|woff2))', (site / "index.html").read_text()))
     assert sum((site / name).stat().st_size for name in needed if (site / name).is_file()) < 3 * 2**19
     assert not re.search(r'<img[^>]*alt=""', page.split("<article")[1])
-    assert "guide.html#term-epsilon" in page
+
+
+def test_every_notebook_links_each_term_of_the_glossary_where_it_is_first_used(site):
+    def read(page):
+        return bs4.BeautifulSoup((site / page).read_text(encoding="utf-8"), "html.parser")
+
+    label = {term.find(string=True).strip(): term["id"] for term in read("guide.html").select("dl.glossary dt")}
+    word = re.compile(rf"(?<![\w-])({'|'.join(sorted(label, key=len, reverse=True))})s?\b", re.IGNORECASE)
+    used = set()
+    for path in paths.NOTEBOOKS.rglob("*.ipynb"):
+        name, first = path.relative_to(paths.NOTEBOOKS).with_suffix(".html").as_posix(), {}
+        for text in read(name).select_one("article").find_all(string=word):
+            link = text.find_parent("a")
+            if not text.find_parent("p") or text.find_parent(["code", "pre"]) or text.find_parent(class_="math"):
+                continue
+            if link and "#term-" not in link["href"]:
+                continue
+            for match in word.finditer(text):
+                first.setdefault(match[1].lower(), (link and link["href"].rpartition("guide.html#")[2], text))
+        assert not {term: text for term, (to, text) in first.items() if to != label[term]}, name
+        used |= {*first}
+    assert used == {*label}
 
 
 @pytest.mark.browser
