@@ -65,6 +65,10 @@ def test_a_folder_without_coops_split_file_is_not_its_data_set(tmp_path):
     assert doctor.missing_data("dtd", "coop") == ""
 
 
+def prompt_files(sources, dataset):
+    return {need.name: need.get for need in doctor._prompts(sources, dataset)}
+
+
 def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
     assert doctor.missing_data("oxford-pets")
     trees.make(tmp_path / "data", "oxford-pets")
@@ -74,12 +78,12 @@ def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
     assert doctor.missing_weights("ViT-B-32-quickgelu", "openai") == ""
     assert doctor.missing_weights("birdlets-tiny", "") == ""
     file = prompts.local(prompts.find("cupl", "dtd"))
-    assert "github.com" in doctor.missing_prompts(["cupl"], "dtd")["cupl of dtd"]
+    assert "github.com" in prompt_files(["cupl"], "dtd")["cupl of dtd"]
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    assert doctor.missing_prompts(["cupl"], "dtd") == {"cupl of dtd": ""}
-    assert doctor.missing_prompts(["clip", "clip-e", "waffle"], "dtd") == {}
-    assert list(doctor.missing_prompts(["lazsl", "clip-d"], "dtd")) == ["clip-d of dtd"]
+    assert prompt_files(["cupl"], "dtd") == {"cupl of dtd": ""}
+    assert prompt_files(["clip", "clip-e", "waffle"], "dtd") == {}
+    assert list(prompt_files(["lazsl", "clip-d"], "dtd")) == ["clip-d of dtd"]
 
 
 def test_sentences_are_a_methods_own_or_the_cells_or_the_notebooks():

@@ -86,12 +86,8 @@ def missing_data(name: str, protocol: str | None = None) -> str:
     return "" if here else f"{root / entry.folder}: {archives.how(entry, root)}"
 
 
-def missing_prompts(sources: Iterable[str], dataset: str) -> dict[str, str]:
-    """The files of sentences that prompt sources read -> where to get them, "" for those that are here."""
-    return {need.name: need.get for need in _prompts(sources, dataset)}
-
-
 def _prompts(sources: Iterable[str], dataset: str) -> Iterator[Need]:
+    """The files of sentences that prompt sources read."""
     for source in sorted({prompts.FILES[source] for source in sources if source in prompts.FILES}):
         name = f"{source} of {dataset}"
         try:
