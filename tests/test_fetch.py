@@ -5,10 +5,15 @@ import io
 import shutil
 import stat
 import tarfile
+import tempfile
 import zipfile
 from collections import namedtuple
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from servers import serving
 from upclose import fetch
@@ -225,6 +230,24 @@ def test_what_is_there_stays(tmp_path):
     fetch.unpack(archive, tmp_path / "data", ["images", "list.txt"], inside="set")
     assert (tmp_path / "data" / "list.txt").read_text() == "mine"
     assert (tmp_path / "data" / "images").is_dir()
+
+
+@given(
+    members=st.dictionaries(
+        st.lists(st.sampled_from(["..", ".", "a", "b", ""]), max_size=4).map("/".join), st.just(b"x")
+    )
+)
+def test_no_name_of_a_member_leads_out_of_the_folder(members):
+    with tempfile.TemporaryDirectory() as place:
+        archive = tarred(Path(place) / "x.tar", members, "w")
+        with suppress(ValueError, OSError):
+            fetch.unpack(archive, Path(place) / "data" / "set", ["a"])
+        assert {name for name in names(Path(place)) if not name.startswith("data/set/a")} <= {
+            "x.tar",
+            "data",
+            "data/set",
+        }
+        assert not any("unpacking" in name for name in names(Path(place)))
 
 
 def link(kind, target="/etc/passwd"):

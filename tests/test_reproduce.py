@@ -307,6 +307,19 @@ def test_nothing_is_fetched_unasked(measured, capsys, monkeypatch):
     assert [file.source for file in fetched] == ["clip-d", "cupl"]
 
 
+def test_data_are_fetched_by_the_function_of_data_get_and_the_runs_go_on(measured, capsys, monkeypatch):
+    measured("dtd")  # and its sentences
+    shutil.rmtree(paths.data())
+    got = []
+    monkeypatch.setattr(datasets, "download", lambda *given: (got.append(given), trees.make(paths.data(), given[0])))
+    call = ["reproduce", "lgca-table1", "--only", "dtd", "--device", "cpu"]
+    assert cli.main(call) == 2
+    assert "nobody can be asked whether to fetch 1 thing (596.3 MiB): add --yes" in capsys.readouterr().err
+    assert cli.main([*call, "--yes"]) == 0
+    assert got == [("dtd", None, "official")]
+    assert "page: " in capsys.readouterr().out
+
+
 def test_a_runs_name_does_not_change_with_what_it_does_not_use(measured):
     measured("dtd")
     (cell, *_) = reproduce.cells(["lgca-table1"], ["dtd"], {"device": "cpu", "precision": "fp32"})

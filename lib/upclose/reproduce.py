@@ -169,7 +169,7 @@ def fetch(wanted: Iterable[Need], yes: bool) -> None:
         ParameterError: the answer was no, or nobody could be asked
     """
     todo = [need for need in wanted if need.fetch]
-    if todo and not _agreed(f"fetch {len(todo)} things ({_sum(todo)})", yes):
+    if todo and not _agreed(f"fetch {len(todo)} thing{'s' * (len(todo) > 1)} ({_sum(todo)})", yes):
         raise ParameterError("nothing was fetched; --dry-run says what is missing")
     for need in todo:
         try:
