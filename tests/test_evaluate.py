@@ -141,7 +141,7 @@ def test_a_claim_is_decided_in_every_world_that_has_both_methods():
     hits = {name: torch.rand(1, 50, generator=DRAW) < 0.5 for name in "AB"}
     tested = evaluate.check({"C1": ("A beats B", "A", "B"), "C2": ("A beats C", "A", "C")}, {"": hits, "photo": hits})
     assert [(c.name, c.text) for c in tested] == [("C1", "A beats B"), ("C1 photo", "A beats B, photo")]
-    assert tested[0][3:] == claims.check("C1", "A beats B", hits["A"], hits["B"])[3:]
+    assert tested[0][2:] == claims.check("C1", "A beats B", hits["A"], hits["B"])[2:]
 
 
 def test_views_of_a_device_keep_what_is_not_there():

@@ -30,6 +30,10 @@ def ends(ax):
     return [tuple(container.lines[2][0].get_segments()[0][:, 0]) for container in ax.containers]
 
 
+def ticks(ax):
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
 def test_a_picture_with_named_boxes(ax):
     pixels = np.arange(3 * 4 * 6, dtype=np.uint8).reshape(3, 4, 6)
     plots.picture(ax, pixels, {"beak": (1, 0, 3, 2), "tail": (0, 1, 2, 4)}, weights=[1.0, 3.0], title="a bird")
@@ -59,28 +63,45 @@ def test_intervals_from_the_spread_over_crop_sets_and_from_given_ends(ax):
     plots.intervals(ax, frame, reference="CLIP")
     assert centres(ax) == [(20.0, 0.0), (30.0, 1.0)]
     assert ends(ax) == [(20.0, 20.0), (28.0, 32.0)]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["CLIP", "WCA"]
+    assert ticks(ax) == ["CLIP", "WCA"]
     assert ax.yaxis_inverted()  # the first row on top
     ax.clear()
     plots.intervals(ax, frame.assign(low=[19.0, 25.0], high=[22.0, 31.0]))
     assert ends(ax) == [(19.0, 22.0), (25.0, 31.0)]
 
 
+CLAIMS = [
+    Claim("C1 photo", "a > b, photo", 3.0, 1.0, 5.0, 0.0, 10, 3),
+    Claim("C1 art", "a > b, art", -3.0, -5.0, -1.0, 0.0, 10, 3),
+    Claim("C2 photo", "a > c by a point", 1.0, -1.0, 3.0, 1.0, 10, 3),
+    Claim("P0", "chance", 0.0, -0.5, 0.5, 0.0, 10, 3),
+]
+
+
 def test_the_ledger_has_a_row_a_claim_in_the_colour_of_its_verdict(ax):
-    claims = [
-        Claim("C1", "", "holds", 3.0, 1.0, 5.0, 0.0, 10, 3),
-        Claim("C2", "", "fails", -3.0, -5.0, -1.0, 0.0, 10, 3),
-        Claim("C3", "", "undecided", 1.0, -1.0, 3.0, 0.5, 10, 3),
-    ]
-    plots.ledger(ax, claims)
-    assert centres(ax) == [(3.0, 0.0), (-3.0, 1.0), (1.0, 2.0)]
-    assert np.allclose(ends(ax), [(1, 5), (-5, -1), (-1, 3)])
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["C1 holds", "C2 fails", "C3 undecided"]
-    colours = [to_hex(container.lines[0].get_color()) for container in ax.containers]
-    assert len(set(colours)) == 3
+    plots.ledger(ax, [*CLAIMS[:2], None, *CLAIMS[2:]])
+    assert centres(ax) == [(3.0, 0.0), (-3.0, 1.0), (1.0, 3.0), (0.0, 4.0)]
+    assert np.allclose(ends(ax), [(1, 5), (-5, -1), (-1, 3), (-0.5, 0.5)])
+    assert ticks(ax) == ["C1 photo holds", "C1 art fails", "", "C2 photo undecided", "P0 equal"]
+    assert len({to_hex(container.lines[0].get_color()) for container in ax.containers}) == 4
     margins = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 1]
-    assert margins == [0.0, 0.0, 0.5]
+    assert margins == [0.0, 0.0, 1.0, 0.0]
+    assert [tuple(band.get_datalim(ax.transData).intervalx) for band in ax.collections[::2]][2:] == [(0, 2), (-1, 1)]
     assert ax.yaxis_inverted()
+
+
+def test_the_figure_of_the_ledger_says_claims_and_verdicts_in_words():
+    (ax,) = plots.ledger_figure(CLAIMS).axes
+    assert ticks(ax) == ["C1 a > b", "photo", "art", "C2 a > c by a point, photo", "P0 chance"]
+    assert centres(ax) == [(3.0, 1.0), (-3.0, 2.0), (1.0, 3.0), (0.0, 4.0)]
+    said = [(text.get_text(), text.get_position()[1]) for text in ax.texts]
+    assert said == [("holds", 1), ("fails", 2), ("undecided", 3), ("equal", 4)]
+    assert [text.get_color() for text in ax.texts] == [c.lines[0].get_color() for c in ax.containers]
+
+
+def test_rows_of_the_ledger_have_the_same_height_however_many_there_are():
+    few, many = (plots.ledger_figure([c._replace(name=f"C{k}") for k, c in enumerate(CLAIMS * n)]) for n in (1, 8))
+    assert many.get_figheight() - few.get_figheight() == pytest.approx(28 * 0.24)
 
 
 def test_differences_have_a_line_each_with_their_interval_and_note(ax):

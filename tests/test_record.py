@@ -55,9 +55,9 @@ def test_no_cell_is_a_formula_or_commands_a_terminal(folder):
     assert (line.dataset, line.table) == ("red", "-0.5 [+1, 2]")
 
 
-def test_claims_are_the_ledger(folder):
+def test_claims_are_their_table(folder):
     frame = record.claims([CLAIM], unit="seed")
-    pd.testing.assert_frame_equal(frame, claims.ledger([CLAIM], "seed"))
+    pd.testing.assert_frame_equal(frame, claims.table([CLAIM], "seed"))
     assert pd.read_csv(folder / "claims.csv", dtype=frame.dtypes.to_dict()).equals(frame)
 
 

@@ -40,9 +40,9 @@ def test_the_first_table_has_a_row_a_run(day):
     page = report.write(day).read_text()
     link = '<a href="#01_lgca-0123456789">01_lgca-0123456789</a>'
     assert rows(page, 0) == [
-        ["run", "notebook", "status", "seconds", "holds", "undecided", "fails"],
-        [link, "01_lgca", "complete", "12", "1", "0", "2"],
-        ['<a href="#02_lazsl-abc">02_lazsl-abc</a>', "", "not complete", "", "", "", ""],
+        ["run", "notebook", "status", "seconds", "holds", "fails", "equal", "undecided"],
+        [link, "01_lgca", "complete", "12", "1", "2", "0", "0"],
+        ['<a href="#02_lazsl-abc">02_lazsl-abc</a>', "", "not complete", "", "", "", "", ""],
     ]
 
 

@@ -21,7 +21,7 @@ import torch
 from papermill.parameterize import parameterize_path
 from safetensors.torch import save_file
 
-from upclose import cli, devices, identity, params, paths, report, run
+from upclose import claims, cli, devices, identity, params, paths, report, run
 from upclose.params import ParameterError
 
 CELL = 'dataset: str = "birdlets"  # which\nimages: int = 20  # how many\nseed: int = 0  # of it\n'
@@ -138,9 +138,9 @@ def test_the_summary_counts_verdicts(tmp_path):
     (tmp_path / "claims.csv").write_text("claim,text,verdict\nC1,a,holds\nC2,b,fails\nC3,c,holds\n")
     job = params.Job("small", tmp_path, {})
     (line,) = run.summary([run.Outcome(job, "done", tmp_path, 3.0)]).to_dict("records")
-    assert [line[verdict] for verdict in report.VERDICTS] == [2, 0, 1]
+    assert [line[verdict] for verdict in claims.VERDICTS] == [2, 1, 0, 0]
     (line,) = run.summary([run.Outcome(job, "failed", tmp_path / "none")]).to_dict("records")
-    assert [line[verdict] for verdict in report.VERDICTS] == ["", "", ""]
+    assert [line[verdict] for verdict in claims.VERDICTS] == ["", "", "", ""]
 
 
 def test_dry_run_computes_and_writes_nothing(lab, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 RESAMPLES = 10_000
+VERDICTS = ("holds", "fails", "equal", "undecided")
 
 
 class Claim(NamedTuple):
@@ -20,7 +22,6 @@ class Claim(NamedTuple):
     Attributes:
         name: short, "C1"
         text: what is claimed
-        verdict: "holds" | "fails" | "undecided"
         difference, low, high: of the accuracies and its 95 % interval, in points
         margin: d, in points
         n: images
@@ -31,7 +32,6 @@ class Claim(NamedTuple):
 
     name: str
     text: str
-    verdict: str
     difference: float
     low: float
     high: float
@@ -42,13 +42,17 @@ class Claim(NamedTuple):
     equal_within: float = 1.0
 
     @property
-    def decided(self) -> str:
-        """The verdict, or "equal" of one that is undecided with its whole interval within `equal_within` of the margin.
+    def verdict(self) -> str:
+        """One of `VERDICTS`.
 
-        The interval has 95 %, so that "equal" is said of a difference that matters in 2.5 % at most.
+        The claim holds when the interval lies above the margin, fails when below, is "equal" when all of it is within
+        `equal_within` of a margin that it contains, else undecided. The interval has 95 %, so that "equal" is said of
+        a difference that matters in 2.5 % at most.
         """
+        if self.low > self.margin or self.high < self.margin:
+            return "holds" if self.low > self.margin else "fails"
         near = max(self.high - self.margin, self.margin - self.low) <= self.equal_within
-        return "equal" if self.verdict == "undecided" and near else self.verdict
+        return "equal" if near else "undecided"
 
     @property
     def half_width(self) -> float:
@@ -114,10 +118,7 @@ def check(
     seed: int = 0,
     equal_within: float = 1.0,
 ) -> Claim:
-    """Decide a claim.
-
-    It holds when the interval of `better` minus `worse` lies above `margin`, fails when below, else it is undecided;
-    `Claim.decided` says of an undecided one whether it is "equal".
+    """Decide a claim, that `better` minus `worse` is more than `margin`: see `Claim.verdict`.
 
     Args:
         name: "C1"
@@ -149,9 +150,8 @@ def _decide(
 ) -> Claim:
     """`check`, from the gaps of images."""
     difference, low, high, drawn = _bootstrap(values, counts, RESAMPLES, seed)
-    verdict = "holds" if low > margin else "fails" if high < margin else "undecided"
     p = min(1.0, 2 * (1 + min((drawn <= margin).sum(), (drawn >= margin).sum())) / (1 + len(drawn)))
-    return Claim(name, text, verdict, difference, low, high, margin, int(counts.sum()), sets, float(p), equal_within)
+    return Claim(name, text, difference, low, high, margin, int(counts.sum()), sets, float(p), equal_within)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -171,13 +171,23 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected[np.argsort(order)].tolist()
 
 
-def ledger(claims: list[Claim], unit: str = "crop set") -> pd.DataFrame:
-    """The claims as a table, one a line, with the interval in words.
+def table(claims: Sequence[Claim], unit: str = "crop set") -> pd.DataFrame:
+    """The claims with what it took to decide them, one a line.
 
     Args:
-        claims: the claims, tested
+        claims: all claims of a notebook, tested
         unit: what each image was measured several times over, in the singular
+
+    Returns:
+        claim, text, verdict
+        difference: with its interval, in words
+        margin, half-width: in points
+        n: images and crop sets, in words
+        images to halve it: the half-width; in all
+        after Holm: "stands" where a claim holds or fails at 5 % among all of them
     """
+    corrected = holm([c.p for c in claims])
+    decided = [c.verdict in ("holds", "fails") and p < 0.05 for c, p in zip(claims, corrected)]
     return pd.DataFrame(
         {
             "claim": [c.name for c in claims],
@@ -185,42 +195,39 @@ def ledger(claims: list[Claim], unit: str = "crop set") -> pd.DataFrame:
             "verdict": [c.verdict for c in claims],
             "difference": [f"{c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}]" for c in claims],
             "margin": [c.margin for c in claims],
-            "n": [f"{c.n} images x {c.sets} {unit}{'s' * (c.sets > 1)}" for c in claims],
-        }
-    )
-
-
-def table(claims: list[Claim], unit: str = "crop set") -> pd.DataFrame:
-    """The ledger with what it takes to decide: "equal" as a verdict, the power, and Holm's correction over all claims.
-
-    Args:
-        claims: all claims of a notebook, tested
-        unit: as in `ledger`
-
-    Returns:
-        The columns of `ledger`, of which "verdict" is `Claim.decided`, and
-        half-width: of the interval, in points
-        images to halve it: in all
-        after Holm: "stands" where a claim holds or fails at 5 % among all of them
-    """
-    corrected = holm([c.p for c in claims])
-    return ledger(claims, unit).assign(
-        **{
-            "verdict": [c.decided for c in claims],
             "half-width": [round(c.half_width, 1) for c in claims],
+            "n": [f"{c.n} images x {c.sets} {unit}{'s' * (c.sets > 1)}" for c in claims],
             "images to halve it": [4 * c.n for c in claims],
-            "after Holm": [
-                "stands" if c.verdict in ("holds", "fails") and p < 0.05 else "" for c, p in zip(claims, corrected)
-            ],
+            "after Holm": ["stands" if stands else "" for stands in decided],
         }
     )
 
 
-def count(claims: list[Claim]) -> str:
+def grouped(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
+    """The claims by the first word of their names, under it and the words with which all their texts begin.
+
+    Example:
+        >>> worlds = [Claim(f"C1 {w}", f"A > B, {w}", 2, 1, 3, 0, 9, 3) for w in ("photo", "sketch")]
+        >>> {said: [c.name for c in members] for said, members in grouped(worlds).items()}
+        {'C1 A > B': ['C1 photo', 'C1 sketch']}
+    """
+    groups: dict[str, list[Claim]] = {}
+    for claim in claims:
+        groups.setdefault(claim.name.split(" ")[0], []).append(claim)
+    return {f"{number} {_in_common([c.text for c in members])}".strip(): members for number, members in groups.items()}
+
+
+def _in_common(texts: Sequence[str]) -> str:
+    """The words with which all texts begin, without the stop after them."""
+    words = takewhile(lambda word: len(set(word)) == 1, zip_longest(*(text.split(" ") for text in texts)))
+    return " ".join(word[0] for word in words).rstrip(",:;")
+
+
+def count(claims: Sequence[Claim]) -> str:
     """How many claims there are, of which verdict, and how many of these stand after Holm's correction, in words."""
     frame = table(claims)
     said = []
-    for verdict, word in (("holds", "hold"), ("fails", "fail"), ("equal", "equal"), ("undecided", "undecided")):
+    for verdict, word in zip(VERDICTS, ("hold", "fail", "equal", "undecided")):
         rows = frame[frame.verdict == verdict]
         standing = f" ({(rows['after Holm'] == 'stands').sum()} after Holm)" if verdict in ("holds", "fails") else ""
         said += [f"{len(rows)} {word}{standing}"] if len(rows) else []

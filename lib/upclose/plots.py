@@ -9,12 +9,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from upclose import methods
+from upclose.claims import Claim, grouped
 
 _PALETTE = sns.color_palette("colorblind", 10).as_hex()
+_VERDICTS = {"holds": _PALETTE[2], "fails": _PALETTE[3], "equal": _PALETTE[0], "undecided": _PALETTE[7]}
 
 
 def style() -> None:
@@ -58,7 +61,7 @@ def picture(
     """
     ax.imshow(np.moveaxis(np.asarray(pixels), 0, -1))
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, parse_math=False)  # a "$" in a name is a dollar
+    ax.set_title(title, loc="center", parse_math=False)  # a "$" in a name is a dollar
     ax.grid(False)
     names = list(boxes) if isinstance(boxes, Mapping) else [None] * len(boxes)
     rows = list(boxes.values()) if isinstance(boxes, Mapping) else list(boxes)
@@ -194,15 +197,48 @@ def differences(
     ax.set_ylim(len(gaps) - 0.4, -0.6)
 
 
-def ledger(ax: Axes, claims) -> None:
-    """The differences of the claims with their intervals: green holds, red fails, grey undecided."""
-    shade = {"holds": _PALETTE[2], "fails": _PALETTE[3], "undecided": _PALETTE[7]}
+def ledger(ax: Axes, claims: Sequence[Claim | None]) -> None:
+    """The differences of claims with their intervals, one a line from above, in the colour of the verdict.
+
+    Args:
+        ax: to draw on
+        claims: tested; None leaves a line free. The black stroke is the margin, the band beside it what counts as equal
+    """
     for y, claim in enumerate(claims):
-        spread = [[claim.difference - claim.low], [claim.high - claim.difference]]
-        ax.errorbar(claim.difference, y, xerr=spread, fmt="s", color=shade[claim.verdict], capsize=3)
+        if claim is None:
+            continue
+        low, high = (claim.margin + sign * claim.equal_within for sign in (-1, 1))
+        ax.fill_between([low, high], y - 0.3, y + 0.3, color="black", alpha=0.08, lw=0)
         ax.plot([claim.margin] * 2, [y - 0.3, y + 0.3], color="black", lw=1)
+        spread = [[claim.difference - claim.low], [claim.high - claim.difference]]
+        ax.errorbar(claim.difference, y, xerr=spread, fmt="s", color=_VERDICTS[claim.verdict], ms=4, capsize=3)
     ax.axvline(0, color="black", lw=0.6)
-    ax.set(
-        yticks=range(len(claims)), yticklabels=[f"{c.name} {c.verdict}" for c in claims], xlabel="difference (points)"
-    )
+    names = [f"{claim.name} {claim.verdict}" if claim else "" for claim in claims]
+    ax.set(yticks=range(len(claims)), yticklabels=names, xlabel="difference (points, 95 % interval)")
     ax.set_ylim(len(claims) - 0.5, -0.5)
+
+
+def ledger_figure(claims: Sequence[Claim]) -> Figure:
+    """All claims of a notebook in words, under what they have in common, with their verdicts at the right.
+
+    Args:
+        claims: tested
+    """
+    lines: list[tuple[str, Claim | None]] = []
+    for said, members in grouped(claims).items():
+        cases = [claim.name.partition(" ")[2] for claim in members]
+        if len(members) == 1:
+            lines.append((said if cases[0] in said else f"{said}, {cases[0]}", members[0]))
+        else:
+            lines += [(said, None), *((case, claim) for case, claim in zip(cases, members))]
+    figure, ax = plt.subplots(figsize=(10, 0.24 * len(lines) + 0.7))
+    ledger(ax, [claim for _, claim in lines])
+    ax.set_yticks(range(len(lines)), [said for said, _ in lines], fontsize=9, parse_math=False)
+    ax.grid(visible=False, axis="y")
+    for y, ((_, claim), label) in enumerate(zip(lines, ax.get_yticklabels())):
+        if claim is None:
+            label.set_fontweight("bold")
+        else:
+            look = {"fontsize": 9, "va": "center", "color": _VERDICTS[claim.verdict]}
+            ax.text(1.01, y, claim.verdict, transform=ax.get_yaxis_transform(), **look)
+    return figure

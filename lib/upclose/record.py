@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from upclose import paths
-from upclose.claims import Claim, ledger
+from upclose.claims import Claim, table
 from upclose.metrics import COLUMNS
 
 if TYPE_CHECKING:
@@ -59,16 +59,16 @@ def metrics(rows: Sequence[dict]) -> pd.DataFrame:
 
 
 def claims(tested: Sequence[Claim], unit: str = "crop set") -> pd.DataFrame:
-    """The run's `claims.csv`, which is `upclose.claims.ledger` of the claims.
+    """The run's `claims.csv`, which is `upclose.claims.table` of the claims.
 
     Args:
-        tested: the claims
+        tested: all claims of the notebook
         unit: what each image was measured several times over, in the singular
 
     Returns:
-        The ledger
+        The table
     """
-    return _table(ledger(tested, unit), "claims")
+    return _table(table(tested, unit), "claims")
 
 
 def pairs(frame: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,6 @@ from PIL import Image
 
 from upclose import claims, compare, images, paths
 
-VERDICTS = ("holds", "undecided", "fails")
 _ROW = ("variant", "method", "dataset", "backbone", "setting", "metric")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222 }
@@ -28,6 +27,7 @@ th { position: sticky; top: 0; background: #fff }
 th, td { padding: .15rem .9rem .15rem 0; text-align: left; border-bottom: 1px solid #eee; vertical-align: top }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .holds { color: #0072b2; font-weight: 600 } .fails { color: #b34700; font-weight: 600 } .undecided { color: #777 }
+.equal { color: #1a7f5a; font-weight: 600 }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(34rem, 1fr)); gap: 1rem;
   align-items: start; grid-auto-flow: dense }
 figure { margin: 0 } figure.whole { grid-column: 1 / -1 } img { width: 100%; border: 1px solid #eee }
@@ -35,11 +35,11 @@ figure { margin: 0 } figure.whole { grid-column: 1 / -1 } img { width: 100%; bor
 
 
 def verdicts(folder: Path) -> dict[str, int | str]:
-    """How many of a run's claims hold, are undecided and fail; "" where it makes none."""
+    """How many of a run's claims have each verdict; "" where it makes none."""
     if not (file := folder / "claims.csv").exists():
-        return dict.fromkeys(VERDICTS, "")
+        return dict.fromkeys(claims.VERDICTS, "")
     found = pd.read_csv(file, keep_default_na=False)["verdict"]
-    return {verdict: int((found == verdict).sum()) for verdict in VERDICTS}
+    return {verdict: int((found == verdict).sum()) for verdict in claims.VERDICTS}
 
 
 def _cell(tag: str, text: str, name: str) -> str:
@@ -52,7 +52,8 @@ def table(frame: pd.DataFrame, links: bool = False) -> str:
     rows = ["".join(_cell("th", html.escape(c), "n" * number[c]) for c in frame)]
     for values in frame.astype(str).itertuples(index=False, name=None):
         cells = [
-            _cell("td", html.escape(v), "n" if number[c] else v if v in VERDICTS else "") for c, v in zip(frame, values)
+            _cell("td", html.escape(v), "n" if number[c] else v if v in claims.VERDICTS else "")
+            for c, v in zip(frame, values)
         ]
         if links:
             cells[0] = f'<td><a href="#{html.escape(values[0])}">{html.escape(values[0])}</a></td>'
@@ -115,7 +116,7 @@ def _stamp(day: Path) -> str:
 def write(day: Path) -> Path:
     """Write the page of a day's folder, which has at least one complete run, and return its path."""
     rows, bodies = [], []
-    blank = dict.fromkeys(["run", "notebook", "status", "seconds", *VERDICTS], "")
+    blank = dict.fromkeys(["run", "notebook", "status", "seconds", *claims.VERDICTS], "")
     for run in _runs(day):
         try:
             if why := paths.damage(run):
@@ -133,8 +134,8 @@ def write(day: Path) -> Path:
         bodies.append(body)
     rows += [blank | {"run": paths.name_of(left), "status": "not complete"} for left in sorted(day.glob(".partial-*"))]
     said = (
-        "<p>A claim holds when the 95 % interval of a paired bootstrap lies above its margin, fails when below, else "
-        "it is undecided.</p>"
+        "<p>A claim holds when the 95 % interval of a paired bootstrap lies above its margin, fails when below, is "
+        "equal when the whole interval lies within a point of the margin, else it is undecided.</p>"
     )
     body = "\n".join([said, table(pd.DataFrame(rows), links=True), *bodies])
     head = f'<meta name="runs" content="{_stamp(day)}">'
