@@ -137,3 +137,22 @@ def test_a_dollar_in_a_name_is_a_dollar():
     plots.plan(axes[1], np.eye(2), [name, "b"], ["a", name], title=name)
     figure.canvas.draw()
     plt.close(figure)
+
+
+def test_the_front_is_what_nothing_cheaper_beats(ax):
+    rows = [
+        ("CLIP", 1, 40.0),
+        ("CuPL", 1, 44.0),
+        ("WCA", 4, 43.0),
+        ("WCA", 8, 50.0),
+        ("LGCA", 8, 48.0),
+        ("D&D", 16, 50.0),
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "encodings", "value"])
+    plots.pareto(ax, frame.assign(low=frame.value - 2, high=frame.value + 3), "encodings")
+    front = ax.lines[-1]
+    assert front.get_xydata().tolist() == [[1, 44], [8, 50]]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "4", "8", "16"]
+    bars = {tuple(c.lines[2][0].get_segments()[0][:, 1]) for c in ax.containers}
+    assert bars == {(38, 43), (42, 47), (48, 53), (46, 51)}  # of each method's dearest point
+    assert ax.get_xlabel() == "encodings an image"

@@ -126,6 +126,8 @@ def _pictures(about: params.About, values: dict[str, Any]) -> list[tuple[registr
 
 def _plans(values: dict[str, Any]) -> list[tuple[str, int | None, int]]:
     """The crops that are drawn of every picture: in words, the seed, and the encodings of a picture."""
+    if "budgets" in values:
+        return _affordable(values)
     count, seeds = values.get("crops", 0), values.get("crop_seeds") or values.get("seeds", [0])
     drawing = [method for method in methods_of(values) if {"crops", "ladder"} & set(method.needs)]
     drawing = [method for method in drawing if method not in _trained(values)]
@@ -134,6 +136,18 @@ def _plans(values: dict[str, Any]) -> list[tuple[str, int | None, int]]:
     said = ", ".join([f"{count} crops", *(f"{k} {values[k]:g}" for k in ("alpha", "beta", "tau") if k in values)])
     shared = [(said, seed, views) for seed in seeds] if views > 1 else [("whole pictures", None, 1)]
     return shared + [(f"{method.name}'s views", seeds[0], method.encodings(count)) for method in own]
+
+
+def _affordable(values: dict[str, Any]) -> list[tuple[str, int | None, int]]:
+    """`_plans`, where each method draws what the largest budget pays for; methods of one crop set share it."""
+    most, views = max(values["budgets"]), {}
+    for method in methods_of(values):
+        if {"crops", "ladder"} & set(method.needs):
+            said = f"{method.crop_set} crops, {most} encodings"
+            views[said] = max(views.get(said, 1), method.encodings(method.afford(most)))
+    return [(said, seed, n) for said, n in views.items() for seed in values["crop_seeds"]] or [
+        ("whole pictures", None, 1)
+    ]
 
 
 def readers(works: Iterable[Work]) -> dict[Bank, list[int]]:

@@ -25,15 +25,20 @@ _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.s
 
 
 def sheets() -> dict[str, params.Sheet]:
-    """The parameter files of the published tables, by name."""
+    """The parameter files for real data, by name."""
     return {file.stem: params.read(file) for file in sorted((paths.PARAMS / "papers").glob("*.yaml"))}
+
+
+def published() -> dict[str, params.Sheet]:
+    """Those of a paper's table, which 06_head_to_head is not."""
+    return {name: sheet for name, sheet in sheets().items() if params.about(sheet.notebook).paper}
 
 
 def covered() -> pd.DataFrame:
     """The rows of published tables that the parameter files fill: paper, table, method, dataset, backbone."""
     rows = [
         (params.about(sheet.notebook).paper, v["table"], method, v["dataset"], _label(v))
-        for sheet in sheets().values()
+        for sheet in published().values()
         for _, v in params.cells(sheet)
         for method in v["methods"]
     ]

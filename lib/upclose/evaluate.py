@@ -76,11 +76,7 @@ class Rule(NamedTuple):
         Raises:
             ValueError: it allows not even one
         """
-        cost = self.method.encodings
-        if cost(1) > budget:
-            raise ValueError(f"{self.method.name} needs {cost(1)} encodings an image at least, not {budget}")
-        whole = cost(1) == cost(2)  # it reads the whole image alone
-        return self._replace(crops=None if whole else max(n for n in range(1, budget + 1) if cost(n) <= budget))
+        return self._replace(crops=self.method.afford(budget) or None)
 
 
 # ------------------------------------------------------------------------------------------------------------ the text

@@ -45,7 +45,7 @@ def ingredients(job: Job, here: bool = True) -> tuple[dict[str, str], list[str]]
     with noted():
         hashes["prompts"] = prompts.identity(_named(values["dataset"], values.get("split", "test")))
     weights = {name: values.get("pretrained", "") for name in values.get("backbones") or [values.get("backbone")]}
-    weights |= {values.get("second_backbone"): ""}  # no notebook gives it a tag
+    weights |= dict.fromkeys([values.get("second_backbone"), *values.get("encoders", [])], "")  # they have no tag
     for name, pretrained in weights.items():
         if name:
             with noted():

@@ -156,6 +156,29 @@ def intervals(ax: Axes, frame: pd.DataFrame, title: str = "", reference: str | N
     ax.set_ylim(len(frame) - 0.5, -0.7)
 
 
+def pareto(ax: Axes, frame: pd.DataFrame, cost: str) -> None:
+    """Accuracy against a cost of an image, a line a method, and the front that nothing cheaper beats.
+
+    Args:
+        ax: to draw on
+        frame: columns "method", "value" with its interval "low" and "high", and the cost
+        cost: "encodings" or "milliseconds"
+    """
+    for k, (method, line) in enumerate(frame.sort_values(cost, kind="stable").groupby("method", sort=False)):
+        shade = colour(str(method))
+        ax.plot(line[cost], line.value, "o-", ms=4, lw=1.2, color=shade, label=method)
+        dear = line.iloc[-1]
+        bar = [[dear.value - dear.low], [dear.high - dear.value]]
+        ax.errorbar(dear[cost] * 1.03**k, dear.value, bar, color=shade, lw=1, alpha=0.6)  # beside each other
+    front = frame.sort_values([cost, "value"], ascending=[True, False])
+    front = front[front.value > front.value.cummax().shift(fill_value=-np.inf)]
+    ax.step(front[cost], front.value, where="post", color="black", lw=2.5, alpha=0.35, zorder=0)
+    ax.set(xscale="log", xlabel=f"{cost} an image")
+    if cost == "encodings":
+        ax.set_xticks(sorted(frame[cost].unique()), sorted(frame[cost].unique()))
+        ax.minorticks_off()
+
+
 def differences(
     ax: Axes,
     gaps: Mapping[str, tuple[float, float, float]],

@@ -284,6 +284,40 @@ def matrices(tested: pd.DataFrame, folder: Path) -> list[Path]:
     return written
 
 
+def pareto(measured: pd.DataFrame, file: Path) -> list[Path]:
+    """Draw accuracy against encodings and milliseconds, of the newest run that measured both.
+
+    Args:
+        measured: rows of `metrics.csv`
+        file: of the picture
+
+    Returns:
+        The file; none where no run measured milliseconds
+    """
+    timed = measured[measured.metric == "milliseconds"]
+    if timed.empty:
+        return []
+    import matplotlib.pyplot as plt  # here, since nothing else in this module draws
+
+    from upclose import plots
+
+    row = ["run", "method", "dataset", "backbone", "setting"]
+    right = measured[measured.metric == "top1"].merge(timed[timed.run == timed.run.iloc[-1]][[*row, "value"]], on=row)
+    half = 1.96 * (right.value_x * (100 - right.value_x) / right.n) ** 0.5
+    frame = pd.DataFrame({"method": right.method, "value": right.value_x, "milliseconds": right.value_y})
+    frame["encodings"] = right.setting.str.split().str[0].astype(int)
+    frame = frame.assign(low=frame.value - half, high=frame.value + half)
+    plots.style()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    for ax, cost in zip(axes, ("encodings", "milliseconds")):
+        plots.pareto(ax, frame, cost)
+    axes[0].set(ylabel="top-1 accuracy (%)", title=f"{right.dataset[0]}, {right.n[0]:,.0f} pictures")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    figure.savefig(file, metadata={"Software": None})
+    plt.close(figure)
+    return [file]
+
+
 def shown(frame: pd.DataFrame) -> pd.DataFrame:
     """Of a table of `reproduced` what tells the rows apart, the numbers, rounded, and the verdict."""
     row = [name for name in _ROW if name in ("method", "dataset") or frame[name].nunique() > 1]

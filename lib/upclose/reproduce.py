@@ -51,7 +51,7 @@ def tables(name: str) -> list[str]:
     Raises:
         ParameterError: there is none; lists them
     """
-    known, wanted = [*doctor.sheets()], name.casefold().removesuffix(".yaml")
+    known, wanted = [*doctor.published()], name.casefold().removesuffix(".yaml")
     paper = {label.casefold(): file for label, file in compare.papers().items()}.get(wanted, wanted)
     if found := [s for s in known if s == wanted] or [s for s in known if s.partition("-")[0] == paper]:
         return found

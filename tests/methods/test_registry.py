@@ -100,3 +100,23 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         methods.get("LGCB")
     with pytest.raises(ValueError, match="there are CLIP, "):
         methods.get("?")
+
+
+@pytest.mark.parametrize("method", ZERO_SHOT, ids=lambda method: method.name)
+@pytest.mark.parametrize("budget", [2, 5, 16, 64])
+def test_a_budget_pays_for_so_many_crops_and_not_for_one_more(method, budget):
+    crops = method.afford(budget)
+    if method.encodings(1) == 1:
+        assert crops == 0
+    else:
+        assert method.encodings(crops) <= budget < method.encodings(crops + 1)
+        with pytest.raises(ValueError, match=f"{re.escape(method.name)} needs 2 encodings an image at least, not 1"):
+            method.afford(1)
+
+
+def test_methods_of_one_crop_set_share_it():
+    sets = {name: REGISTRY[name].crop_set for name in ("WCA", "LaZSL", "multi-crop", "best-crop", "D&D", "LGCA")}
+    assert sets == dict.fromkeys(("WCA", "LaZSL", "multi-crop", "best-crop"), "square") | {
+        "D&D": "area",
+        "LGCA": "ladder",
+    }

@@ -399,6 +399,7 @@ METHODS = (
         ("crops", "descriptions"),
         "#d55e00",
         rows=("CLIP+D", "CLIP+R (descriptions alone)", "CLIP+D+R (averaging)", "D&D (descriptions alone)"),
+        sampler="area",
     ),
     Method("best-crop", max_scores, ("crops", "descriptions"), "#7fb6d9"),
     Method(

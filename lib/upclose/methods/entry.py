@@ -38,6 +38,7 @@ class Method(NamedTuple):
         encodings: of an image with N crops; where the encoder is trained, of a training image in an epoch
         source: the prompts whose sentences it reads, as `upclose.prompts` calls them; "" leaves them to the caller
         rows: other names under which the papers' tables print it, its parts and its controls
+        sampler: of its paper's crops, as `Plan` calls it
     """
 
     name: str
@@ -47,8 +48,26 @@ class Method(NamedTuple):
     encodings: Callable[[int], int] = cropped
     source: str = ""
     rows: tuple[str, ...] = ()
+    sampler: str = "square"
 
     @property
     def zero_shot(self) -> bool:
         """It is called with views (or a ladder) and text alone."""
         return not {"shots", "encoder"} & set(self.needs)
+
+    @property
+    def crop_set(self) -> str:
+        """Methods of one crop set read the same crops: "ladder", or their sampler."""
+        return "ladder" if "ladder" in self.needs else self.sampler
+
+    def afford(self, budget: int) -> int:
+        """The most crops that a budget of encodings an image pays for; 0 for a method that reads the whole image alone.
+
+        Raises:
+            ValueError: it does not pay for one
+        """
+        if self.encodings(1) > budget:
+            raise ValueError(f"{self.name} needs {self.encodings(1)} encodings an image at least, not {budget}")
+        if self.encodings(1) == self.encodings(2):
+            return 0
+        return max(n for n in range(1, budget + 1) if self.encodings(n) <= budget)
