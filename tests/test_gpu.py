@@ -3,12 +3,14 @@
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bank_world import contents
 from test_crops import awkward_boxes, picture, pil_crops
-from upclose import bank, birdlets, crops, encode, methods, transport
+from upclose import bank, birdlets, crops, encode, methods, seeds, train, transport
+from upclose.encode import tiny
 from upclose.features import Ladder, Plan, Text, Views
 from upclose.methods import fair, wca
 
@@ -199,3 +201,26 @@ def test_ray_builds_the_same_bank(tmp_path, world):
     finally:
         ray.shutdown()
     assert contents(Path(spread.folder.path)) == contents(Path(local.folder.path))
+
+
+def test_training_waits_for_nothing_and_repeats():
+    recipe = train.Recipe(pictures=16, steps=6, batch_size=8, warmup=2)
+    views = [birdlets.training_views(0, i, False) for i in range(recipe.pictures)]
+    tokenize = tiny.tokenizer(birdlets.vocabulary())
+    said = tokenize([sentence for _, captions in views for pair in captions for sentence in pair])
+    pixels = np.concatenate([pixels for pixels, _ in views])
+    pool = train.Pool(pixels, said.view(len(pixels), 2, -1).numpy().astype(np.uint16))
+
+    def trained(device):
+        model = tiny.build(tiny.CONFIG, birdlets.vocabulary(), 0).to(device)
+        return model, train.fit(model, pool, recipe, 0)
+
+    (one, curve), (two, _), (_, here) = trained(DEVICE), trained(DEVICE), trained("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    assert curve[-1]["loss"] == pytest.approx(here[-1]["loss"], rel=0.02)
+    batch = train.batch(pixels[:8], pool.tokens[:8], 2, seeds.rng(0), torch.device(DEVICE))
+    optimizers = train.optimizers(one, recipe)
+    with no_wait():
+        train.step_loss(one, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()

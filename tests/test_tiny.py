@@ -146,5 +146,5 @@ def test_damaged_models_are_refused_in_one_sentence(model, tmp_path, damage, mes
 
 
 def test_an_unknown_name_says_which_there_are():
-    with pytest.raises(ValueError, match="birdlets-tiny, birdlets-tiny-whole"):
+    with pytest.raises(ValueError, match="birdlets-tiny, birdlets-tiny-1, birdlets-tiny-2, birdlets-tiny-whole"):
         tiny.load("birdlets-huge")

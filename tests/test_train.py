@@ -4,13 +4,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from upclose import birdlets, train
+from upclose import birdlets, card, train
 from upclose.encode import tiny
 
 SMALL = train.Recipe(pictures=12, steps=5, batch_size=8, warmup=2, measure=10)
@@ -27,6 +31,26 @@ def pool():
 
 def fresh():
     return tiny.build(tiny.CONFIG, birdlets.vocabulary(), 0)
+
+
+def loss_of(model, pixels, tokens, shift=0):
+    return train.step_loss(model, train.batch(pixels, tokens, shift, Still(), torch.device("cpu")))
+
+
+class Still:
+    """A generator that neither moves nor mirrors."""
+
+    def integers(self, low, high, shape):
+        return np.zeros(shape, dtype=np.int64)
+
+    def random(self, shape):
+        return np.ones(shape)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Everything in fp32."""
+    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
 
 
 def test_the_loss_is_a_loop_over_pairs():
@@ -46,15 +70,15 @@ def test_the_loss_is_a_loop_over_pairs():
     torch.testing.assert_close(train.contrastive_loss(image, text, caption, scale), total)
 
 
-def test_the_loss_of_a_batch_ignores_order_and_counts_a_caption_once(pool):
+def test_the_loss_of_a_batch_ignores_order_and_counts_a_caption_once(pool, exact):
     model = fresh()
     rows = np.array([0, 3, 6, 9, 12])
     pixels, tokens = pool.pixels[rows], pool.tokens[rows].copy()
     tokens[1] = tokens[0]
     order = np.array([3, 1, 4, 0, 2])
-    one, other = train.step_loss(model, pixels, tokens), train.step_loss(model, pixels[order], tokens[order])
+    one, other = loss_of(model, pixels, tokens), loss_of(model, pixels[order], tokens[order])
     torch.testing.assert_close(one, other)
-    image = F.normalize(model.encode_image(train.normalise(pixels)), dim=-1)
+    image = F.normalize(model.encode_image(tiny.normalise(torch.from_numpy(pixels))), dim=-1)
     text = F.normalize(model.encode_text(torch.from_numpy(tokens.astype(np.int64)).flatten(0, 1)), dim=-1)
     caption, scale = torch.tensor([0, 0, 1, 2, 3]), model.logit_scale.exp()
     first, second = text.view(5, 2, -1)[[0, 2, 3, 4]].unbind(1)
@@ -73,18 +97,75 @@ def test_every_pass_sees_every_view_once():
     assert len(set(shown)) == len(shown)  # `views` passes show no view of a picture twice
 
 
+def moved(pixels, shift, seed):
+    tokens = np.zeros((len(pixels), 2, tiny.CONTEXT), np.uint16)
+    batch = train.batch(pixels, tokens, shift, np.random.default_rng(seed), torch.device("cpu"))
+    return train.jitter(batch.pixels, batch.rows, batch.columns).numpy()
+
+
 def test_jitter_moves_and_mirrors_whole_pictures():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 12, 12), dtype=np.uint8)
-    moved = train.jitter(pixels, 2, np.random.default_rng(1))
-    assert moved.dtype == np.uint8
+    found = moved(pixels, 2, 1)
+    assert found.dtype == np.uint8
     padded = np.pad(pixels, ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
-    found = 0
     for i in range(40):
         options = [padded[i, :, y : y + 12, x : x + 12] for y in range(5) for x in range(5)]
-        found += any((moved[i] == view).all() or (moved[i] == view[:, :, ::-1]).all() for view in options)
-    assert found == 40
-    still = train.jitter(pixels, 0, np.random.default_rng(1))
+        assert any((found[i] == view).all() or (found[i] == view[:, :, ::-1]).all() for view in options)
+    still = moved(pixels, 0, 1)
     assert 5 < sum((still[i] == pixels[i]).all() for i in range(40)) < 35
+
+
+def test_a_batch_keeps_every_caption(pool):
+    """Sorted, trimmed and told apart on the host: put together again they are the captions that went in."""
+    tokens = pool.tokens[:30]
+    found = train.batch(pool.pixels[:30], tokens, 2, np.random.default_rng(0), torch.device("cpu"))
+    texts = torch.cat([F.pad(part, (0, tiny.CONTEXT - part.shape[1])) for part in found.texts]).numpy()
+    assert len(np.unique(texts, axis=0)) == len(texts)
+    assert (np.diff([part.shape[1] for part in found.texts]) >= 0).all()
+    for column in range(2):
+        assert (texts[found.used[column]][found.caption[column]] == tokens[:, column]).all()
+
+
+def test_attention_is_pytorchs():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 6, 8, generator=g) for _ in range(3))
+    mask = torch.full((6, 6), -torch.inf).triu(1)
+    for said in (None, mask):
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=said)
+        torch.testing.assert_close(train.attend(q, k, v, attn_mask=said), expected)
+
+
+def test_half_precision_finds_the_same_loss(pool):
+    rows = np.arange(0, 36, 3)
+    half = loss_of(fresh(), pool.pixels[rows], pool.tokens[rows])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *_: nullcontext())
+        full = loss_of(fresh(), pool.pixels[rows], pool.tokens[rows])
+    assert half.dtype == torch.float32
+    assert half.item() != full.item()
+    assert half.item() == pytest.approx(full.item(), rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_no_step_waits_for_the_device():
+    """Fake tensors have no values, so that a look at one raises."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = fresh()
+        device = model.text_projection.device
+        ints = {"dtype": torch.int64}
+        found = train.Batch(
+            torch.empty(8, 3, 48, 48, dtype=torch.uint8),
+            *(torch.empty(8, 48, **ints) for _ in range(2)),
+            [torch.empty(6, 9, **ints), torch.empty(4, 14, **ints)],
+            [torch.empty(7, **ints), torch.empty(5, **ints)],
+            [torch.empty(8, **ints) for _ in range(2)],
+        )
+        loss = train.step_loss(model, found)
+        for weight in model.parameters():
+            weight.grad = torch.empty_like(weight)
+        for optimizer in train.optimizers(model, SMALL):
+            optimizer.step()
+    assert (device.type, loss.device.type) == ("cuda", "cuda")
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
@@ -140,10 +221,10 @@ def test_one_seed_one_model_also_when_interrupted(pool, tmp_path, monkeypatch):
 
 def test_accuracies_are_open_clips_own(pool):
     model, data = fresh().eval(), birdlets.dataset("validation", "photo", n=12, seed=5)
-    pixels = train.pictures_of(data)
+    pixels = card.pictures_of(data)
     assert pixels.shape == (12, 3, birdlets.TRAIN_SIZE, birdlets.TRAIN_SIZE)
     tokenize = tiny.tokenizer(birdlets.vocabulary())
-    image = model.encode_image(train.normalise(pixels))
+    image = model.encode_image(tiny.normalise(torch.from_numpy(pixels)))
     name = model.encode_text(tokenize([f"a photo of a {name}." for name in data.class_names]), normalize=True)
     described = birdlets.descriptors(data.species)
     columns = []
@@ -151,29 +232,89 @@ def test_accuracies_are_open_clips_own(pool):
         said = tokenize([f"a photo of a {n}, which has {words}." for words in described[n]])
         columns.append((image @ model.encode_text(said, normalize=True).T).mean(1))
     score = torch.stack(columns, 1)
-    by_name, with_descriptions = train.accuracies(model, pixels, data)
+    by_name, with_descriptions = card.accuracies(model, pixels, data)
     assert (by_name == ((image @ name.T).argmax(1).numpy() == data.label)).all()
     assert (with_descriptions == (score.argmax(1).numpy() == data.label)).all()
 
 
-def test_a_whole_training_writes_weights_and_card(tmp_path, monkeypatch, capsys):
+class Here:
+    """Workers that are this process, and remember which blocks they drew."""
+
+    drew: ClassVar[list] = []
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, function, *columns):
+        self.drew.extend(row[2:4] for row in zip(*columns))
+        return map(function, *columns)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Two small recipes, one a quarter of the other; probes that learn from few birds."""
     monkeypatch.setenv("UPCLOSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(train.RECIPES, "mini", SMALL)
-    assert train.main(["birdlets-tiny-whole", "--recipe", "mini", "--out", str(tmp_path / "out")]) == 0
+    monkeypatch.setattr(train, "FIRST", 2)
+    monkeypatch.setattr(card, "BIRDS", 40)
+    long = SMALL._replace(steps=8, measure=40)
+    monkeypatch.setattr(train, "RECIPES", {"long": long, "quarter": long._replace(steps=2)})
+    return tmp_path
+
+
+@pytest.fixture
+def quick(world, monkeypatch):
+    """Drawn in this process, and nothing measured."""
+    monkeypatch.setattr(train, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(card, "pictures_of", lambda dataset: np.zeros((len(dataset), 0)))
+    monkeypatch.setattr(card, "accuracies", lambda model, pixels, dataset: (np.zeros(len(pixels)),) * 2)
+    monkeypatch.setattr(card, "readable", lambda model, photos: {})
+    return world
+
+
+def run(world, *more):
+    return train.main(["birdlets-tiny-whole", "--out", str(world / "out"), *more])
+
+
+def test_a_whole_training_writes_weights_and_card(world, capsys):
+    assert run(world, "--recipe", "quarter") == 0
+    assert run(world) == 0
     assert "photo: " in capsys.readouterr().out
-    files = sorted(file.name for file in (tmp_path / "out").iterdir())
+    files = sorted(file.name for file in (world / "out").iterdir())
     assert files == [f"birdlets-tiny-whole.{end}" for end in ("json", "md", "safetensors")]
-    card = (tmp_path / "out" / "birdlets-tiny-whole.md").read_text()
-    assert "whole pictures with whole captions only" in card
-    assert all(f"| {domain} | " in card for domain in birdlets.DOMAINS)
-    assert re.search(r"\| minutes of drawing, 2 processes \| \d+\.\d \|", card)
-    assert tiny.load(tmp_path / "out" / "birdlets-tiny-whole.safetensors").image_size == birdlets.TRAIN_SIZE
-    assert [file.name[:5] for file in (tmp_path / "cache" / "train").iterdir()] == ["pool-"]
+    page = (world / "out" / "birdlets-tiny-whole.md").read_text()
+    assert "whole pictures with whole captions only" in page
+    assert all(f"| {domain} | " in page for domain in birdlets.DOMAINS)
+    assert re.search(r"\| minutes of drawing, one processor \| \d+\.\d \|", page)
+    assert "| views seen | long: by name | with descriptions | quarter: by name | with descriptions |" in page
+    cell = r"\| \d+\.\d% "
+    assert re.search(rf"\| 16 ({cell}){{4}}\|\n", page)
+    assert re.search(rf"\| 64 ({cell}){{2}}\| \| \|\n", page)
+    assert re.search(rf"\| eye ring ({cell}){{3}}\| \d+ \|\n", page)
+    assert tiny.load(world / "out" / "birdlets-tiny-whole.safetensors").image_size == birdlets.TRAIN_SIZE
+    before = (world / "out" / "birdlets-tiny-whole.safetensors").read_bytes()
+    assert run(world) == 0  # nothing is left to train
+    assert "going on from step 8" in capsys.readouterr().out
+    assert (world / "out" / "birdlets-tiny-whole.safetensors").read_bytes() == before
 
 
-def test_another_optimizer_does_not_go_on_from_an_old_checkpoint_but_keeps_the_pictures(tmp_path, monkeypatch):
+def test_a_number_in_the_name_is_the_seed(quick, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "train", lambda name, recipe, seed, out, device: asked.append((name, seed)) or {})
+    for name in tiny.NAMES:
+        train.main([name, "--out", str(quick / "out")])
+    train.main(["birdlets-tiny-1", "--seed", "7", "--out", str(quick / "out")])
+    expected = [("birdlets-tiny", 0), ("birdlets-tiny-1", 1), ("birdlets-tiny-2", 2), ("birdlets-tiny-whole", 0)]
+    assert asked == [*expected, ("birdlets-tiny-1", 7)]
+
+
+def test_another_optimizer_does_not_go_on_from_an_old_checkpoint_but_all_share_the_pictures(quick, monkeypatch):
     """Stops after the pictures are drawn, then looks for the names with the programs as they are and changed."""
-    monkeypatch.setenv("UPCLOSE_CACHE", str(tmp_path / "cache"))
     asked = []
 
     def fit(model, pool, recipe, seed, checkpoint, measure):
@@ -182,21 +323,94 @@ def test_another_optimizer_does_not_go_on_from_an_old_checkpoint_but_keeps_the_p
 
     monkeypatch.setattr(train, "fit", fit)
     for name in ("train.py", "tiny.py"):
-        (tmp_path / name).write_text(name)
-    for module, file in ((train, train.__file__), (train, tmp_path / "train.py"), (tiny, tmp_path / "tiny.py")):
+        (quick / name).write_text(name)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            train.train("birdlets-tiny", "long", seed, quick / "out")
+    for module, file in ((train, quick / "train.py"), (tiny, quick / "tiny.py")):
         monkeypatch.setattr(module, "__file__", str(file))
         with pytest.raises(KeyboardInterrupt):
-            train.train("birdlets-tiny", SMALL, 0, tmp_path / "out")
-    assert len(set(asked)) == 3
-    assert len(list((tmp_path / "cache" / "train").glob("pool-*"))) == 1
+            train.train("birdlets-tiny", "long", 0, quick / "out")
+    assert len(set(asked)) == 4
+    assert len([path for path in (quick / "cache" / "train").glob("pool-*") if path.is_dir()]) == 1
 
 
-def test_bad_arguments_end_before_any_work(tmp_path, capsys):
+def test_an_interrupted_drawing_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "BLOCK", 3)
+    monkeypatch.setattr(train, "ProcessPoolExecutor", Here)
+    whole = train.draw_pool(tmp_path / "whole", 7, 0, False)
+    assert whole.minutes > 0
+    partial = tmp_path / "again.partial"
+    train._reserve(partial, len(whole.pixels))
+    train._draw_block(partial, 0, 3, 6, False)
+    drew = []
+    monkeypatch.setattr(Here, "drew", drew)
+    again = train.draw_pool(tmp_path / "again", 7, 0, False)
+    assert drew == [(0, 3), (6, 7)]
+    assert (again.pixels == whole.pixels).all()
+    assert (again.tokens == whole.tokens).all()
+
+
+def refused(world, capsys, *more):
+    with pytest.raises(SystemExit) as stop:
+        run(world, *more)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Traceback" not in error
+    return error
+
+
+def test_what_is_damaged_is_said_and_the_next_call_goes_on(quick, capsys):
+    assert run(quick) == 0
+    folder = quick / "cache" / "train"
+    weights = (quick / "out" / "birdlets-tiny-whole.safetensors").read_bytes()
+    (pixels,) = folder.glob("pool-*/pixels.npy")
+    os.truncate(pixels, pixels.stat().st_size - 1)
+    assert "were cut short" in refused(quick, capsys)
+    assert run(quick) == 0
+    (kept,) = folder.glob("*long*.safetensors")
+    state = kept.read_bytes()
+    kept.write_bytes(state[: len(state) // 2])
+    assert "cannot be used" in refused(quick, capsys)
+    assert kept.with_suffix(".aside").read_bytes() == state[: len(state) // 2]
+    assert run(quick) == 0
+    assert (quick / "out" / "birdlets-tiny-whole.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("other", [SMALL._replace(steps=6), None])
+def test_a_checkpoint_of_another_training_is_set_aside(pool, tmp_path, other):
+    file = tmp_path / "state.safetensors"
+    train.fit(fresh(), pool, SMALL, 0, file)
+    state = file.read_bytes()
+    with pytest.raises(ValueError, match="is of another training"):
+        train.fit(fresh(), pool, other or SMALL, 0 if other else 1, file)
+    assert file.with_suffix(".aside").read_bytes() == state
+    assert not file.exists()
+
+
+def test_a_model_is_trained_once_at_a_time(quick, capsys):
+    assert run(quick) == 0
+    (kept,) = (quick / "cache" / "train").glob("*long*.safetensors")
+    with FileLock(kept.with_suffix(".lock")):
+        assert "is being trained already" in refused(quick, capsys)
+    assert run(quick) == 0
+
+
+def test_a_full_disk_is_said_before_anything_is_drawn(quick, capsys, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1e5}))
+    assert "which has 0.0 GB left" in refused(quick, capsys)
+
+
+def test_bad_arguments_end_before_any_work(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("UPCLOSE_CACHE", str(tmp_path / "file"))
     for arguments, message in (
         (["birdlets-huge"], "birdlets-tiny-whole"),
-        (["birdlets-tiny", "--recipe", "long"], "full"),
+        (["birdlets-tiny", "--recipe", "long"], "p60k-s2000-b256-cosine"),
         (["birdlets-tiny", "--out", str(tmp_path / "file")], "cannot write to"),
+        (["birdlets-tiny", "--out", str(tmp_path / "out"), "--device", "cuda"], "--device cpu"),
+        (["birdlets-tiny", "--out", str(tmp_path / "out")], "Not a directory"),
     ):
         with pytest.raises(SystemExit) as stop:
             train.main(arguments)
@@ -205,7 +419,7 @@ def test_bad_arguments_end_before_any_work(tmp_path, capsys):
 
 
 def start(tmp_path):
-    options = ["birdlets-tiny", "--recipe", "mini", "--out", str(tmp_path / "out")]
+    options = ["birdlets-tiny", "--recipe", "p4k-s160-b128-cosine", "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "upclose.train", *options]
     environment = {**os.environ, "UPCLOSE_CACHE": str(tmp_path / "cache")}
     pipe = subprocess.PIPE

@@ -1,8 +1,10 @@
 """Trains birdlets-tiny from scratch: `python -m upclose.train birdlets-tiny`.
 
 Every picture shows a new random species; it is cut into views, each with two captions of what it shows. The views are
-drawn once, by two processes, into a file in the cache; then the model passes over them. One seed, one result on one
-machine: the order of the views, their jitter and the learning rate depend on (seed, step), and the threads are fixed.
+drawn once, by as many processes as there are cores, into a file in the cache, where all seeds find them; then the model
+passes over them, jittered on the device, in bf16 with weights in fp32. One seed, one result on one device: the order of
+the views, their jitter and the learning rate depend on (seed, step), and a processor uses one thread. An interrupted
+command goes on where it was when it is given again; given once more at the end, it writes the card anew.
 """
 
 from __future__ import annotations
@@ -12,31 +14,35 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import safe_open
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from upclose import birdlets, checkpoint, paths, seeds
+from upclose import birdlets, card, checkpoint, paths, seeds
 from upclose.encode import tiny
 from upclose.encode.tiny import CLIP
 
-DRAWERS = 2  # processes that draw
-THREADS = 2  # of the training
 BLOCK = 500  # pictures that a worker draws at a time
 KEEP = 200  # steps between two checkpoints
+FIRST = 64  # steps: the curve has a row there and whenever twice as many were made
+TEXTS = 128  # captions that are trimmed to one length
 MUON = 2.0  # the rate of hidden matrices over that of everything else
+POOL_SEED = 0  # all trainings see the same pictures
+SEED = {"birdlets-tiny-1": 1, "birdlets-tiny-2": 2}
 
 
 class Recipe(NamedTuple):
@@ -63,9 +69,10 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "full": Recipe(pictures=60_000, steps=2000),
-    "half": Recipe(pictures=40_000, steps=600),
-    "mini": Recipe(pictures=4_000, steps=160, batch_size=128, learning_rate=2e-3, warmup=20, measure=240),
+    "p60k-s2000-b256-cosine": Recipe(pictures=60_000, steps=2000),
+    "p60k-s500-b256-cosine": Recipe(pictures=60_000, steps=500),  # a quarter as long, for the card
+    "p300k-s16000-b512-cosine": Recipe(pictures=300_000, steps=16_000, batch_size=512),  # for a GPU
+    "p4k-s160-b128-cosine": Recipe(4_000, steps=160, batch_size=128, learning_rate=2e-3, warmup=20, measure=240),
 }
 
 
@@ -75,7 +82,7 @@ class Pool(NamedTuple):
     Attributes:
         pixels: (n, 3, S, S) uint8, in a file
         tokens: (n, 2, context) uint16, in a file: two captions a view
-        minutes: that drawing them took
+        minutes: that a processor needed to draw them
     """
 
     pixels: np.ndarray
@@ -84,27 +91,62 @@ class Pool(NamedTuple):
 
 
 def draw_pool(folder: Path, pictures: int, seed: int, whole: bool) -> Pool:
-    """The views of `pictures` training pictures, drawn by `DRAWERS` processes unless the folder has them already."""
-    if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        started = time.monotonic()
-        views = len(birdlets.training_views(seed, 0, whole)[0])
-        _pool_file(partial, "pixels", "w+", (pictures * views, 3, birdlets.TRAIN_SIZE, birdlets.TRAIN_SIZE), np.uint8)
-        _pool_file(partial, "tokens", "w+", (pictures * views, 2, tiny.CONTEXT), np.uint16)
-        with ProcessPoolExecutor(DRAWERS, multiprocessing.get_context("spawn")) as workers:
-            starts = range(0, pictures, BLOCK)
-            jobs = workers.map(
-                _draw_block, *zip(*((partial, seed, s, min(s + BLOCK, pictures), whole) for s in starts))
-            )
-            for start, _ in zip(starts, jobs):
-                if start % (20 * BLOCK) == 0:
-                    print(f"  drawn {start:,} of {pictures:,} pictures", flush=True)
-        (partial / "minutes.json").write_text(json.dumps((time.monotonic() - started) / 60))
-        partial.rename(folder)
-    minutes = json.loads((folder / "minutes.json").read_text())
-    return Pool(_pool_file(folder, "pixels"), _pool_file(folder, "tokens"), minutes)
+    """The views of `pictures` training pictures, drawn by a process a core unless the folder has them already.
+
+    What an interrupted drawing had finished is not drawn again.
+
+    Raises:
+        ValueError: a file is cut short (it is removed), or the disk has no room for them
+    """
+    with FileLock(folder.with_suffix(".lock"), mode=paths.mode()):
+        if not folder.is_dir():
+            _draw(folder, pictures, seed, whole)
+        return _opened(folder)
+
+
+def _draw(folder: Path, pictures: int, seed: int, whole: bool) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.is_dir() and (partial / "minutes.json").is_file():
+        _opened(partial)
+    else:
+        _reserve(partial, pictures * len(birdlets.training_views(seed, 0, whole)[0]))
+    starts = [start for start in range(0, pictures, BLOCK) if not (partial / f"{start}.done").exists()]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as workers:
+        stops = [min(start + BLOCK, pictures) for start in starts]
+        count = len(starts)
+        jobs = workers.map(_draw_block, [partial] * count, [seed] * count, starts, stops, [whole] * count)
+        for start, _ in zip(starts, jobs):
+            if start % (20 * BLOCK) == 0:
+                print(f"  drawn {start:,} of {pictures:,} pictures", flush=True)
+    done = [*partial.glob("*.done")]
+    (partial / "minutes.json").write_text(json.dumps(sum(float(file.read_text()) for file in done) / 60))
+    for file in done:
+        file.unlink()
+    partial.rename(folder)
+
+
+def _reserve(folder: Path, views: int) -> None:
+    """Empty files for so many views."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shapes = (views, 3, birdlets.TRAIN_SIZE, birdlets.TRAIN_SIZE), (views, 2, tiny.CONTEXT)
+    needed, free = math.prod(shapes[0]) + 2 * math.prod(shapes[1]), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"the views need {needed / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB left")
+    _pool_file(folder, "pixels", "w+", shapes[0], np.uint8)
+    _pool_file(folder, "tokens", "w+", shapes[1], np.uint16)
+    (folder / "minutes.json").write_text("0")
+
+
+def _opened(folder: Path) -> Pool:
+    try:
+        minutes = json.loads((folder / "minutes.json").read_text())
+        return Pool(_pool_file(folder, "pixels"), _pool_file(folder, "tokens"), minutes)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(folder)
+        raise ValueError(
+            f"the views in {folder} were cut short ({error}): they are removed, the same command draws them anew"
+        ) from None
 
 
 def _pool_file(folder: Path, name: str, mode: str = "r", shape=None, dtype=None) -> np.ndarray:
@@ -112,6 +154,7 @@ def _pool_file(folder: Path, name: str, mode: str = "r", shape=None, dtype=None)
 
 
 def _draw_block(folder: Path, seed: int, start: int, stop: int, whole: bool) -> None:
+    began = time.process_time()
     pool = Pool(_pool_file(folder, "pixels", "r+"), _pool_file(folder, "tokens", "r+"))
     tokenize = tiny.tokenizer(birdlets.vocabulary())
     for index in range(start, stop):
@@ -119,6 +162,7 @@ def _draw_block(folder: Path, seed: int, start: int, stop: int, whole: bool) -> 
         rows = slice(index * len(pixels), (index + 1) * len(pixels))
         pool.pixels[rows] = pixels
         pool.tokens[rows] = tokenize([sentence for pair in captions for sentence in pair]).view(len(pixels), 2, -1)
+    (folder / f"{start}.done").write_text(str(time.process_time() - began))
 
 
 def batch_rows(pictures: int, views: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -144,22 +188,59 @@ def batch_rows(pictures: int, views: int, batch_size: int, seed: int, step: int)
     return picture * views + view
 
 
-def jitter(pixels: np.ndarray, shift: int, rng: np.random.Generator) -> np.ndarray:
-    """Views (B, 3, S, S) moved by up to `shift` pixels (the border is repeated), half of them mirrored."""
+class Batch(NamedTuple):
+    """What a step sees, on its device.
+
+    Attributes:
+        pixels: (B, 3, S, S) uint8
+        rows, columns: (B, S) int64, which row and column of a view each row and column of the jittered view is
+        texts: the distinct captions, the shortest first, in parts (L, length) int64
+        used: for each of a view's two captions, (U,) int64: the texts that the batch has there
+        caption: for each of the two, (B,) int64: the place of each view's caption in `used`
+    """
+
+    pixels: Tensor
+    rows: Tensor
+    columns: Tensor
+    texts: list[Tensor]
+    used: list[Tensor]
+    caption: list[Tensor]
+
+
+def batch(pixels: np.ndarray, tokens: np.ndarray, shift: int, rng: np.random.Generator, device: torch.device) -> Batch:
+    """Views (B, 3, S, S) uint8 and their captions (B, 2, context), on their way to a device that nobody waits for.
+
+    Each view will be moved by up to `shift` pixels (the border is repeated), half of them mirrored.
+    """
     b, _, _, side = pixels.shape
     line = np.arange(side)
     rows, columns = (np.clip(line + rng.integers(-shift, shift + 1, (b, 1)), 0, side - 1) for _ in range(2))
     columns = np.where(rng.random((b, 1)) < 0.5, columns[:, ::-1], columns)
-    index = np.arange(b)
-    return pixels[
-        index[:, None, None, None], np.arange(3)[:, None, None], rows[:, None, :, None], columns[:, None, None]
-    ]
+    distinct, caption = np.unique(tokens.reshape(2 * b, -1), axis=0, return_inverse=True)
+    length = distinct.argmax(1) + 1
+    order = length.argsort(kind="stable")
+    caption = order.argsort()[caption.reshape(b, 2)]
+    parts = np.split(order, range(TEXTS, len(order), TEXTS))
+    used, own = zip(*(np.unique(column, return_inverse=True) for column in caption.T))
+
+    def send(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    texts = [distinct[part, : length[part].max()].astype(np.int64) for part in parts]
+    return Batch(send(pixels), send(rows), send(columns), *([send(a) for a in some] for some in (texts, used, own)))
 
 
-def normalise(pixels: np.ndarray) -> Tensor:
-    """uint8 (B, 3, S, S) as birdlets-tiny reads it."""
-    mean, std = (torch.tensor(value)[:, None, None] for value in (tiny.MEAN, tiny.STD))
-    return (torch.from_numpy(pixels).float() / 255 - mean) / std
+def jitter(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Views (B, 3, S, S) whose rows and columns (B, S) are taken from other places."""
+    view, channel = (torch.arange(n, device=pixels.device) for n in pixels.shape[:2])
+    return pixels[view[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Attention (B, H, Q, D) written out: with so few tokens, faster in bf16 on a CPU than PyTorch's own."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return (scores if attn_mask is None else scores + attn_mask.to(scores.dtype)).softmax(-1).to(v.dtype) @ v
 
 
 def contrastive_loss(image: Tensor, text: Tensor, caption: Tensor, scale: Tensor) -> Tensor:
@@ -202,16 +283,16 @@ def optimizers(model: CLIP, recipe: Recipe) -> tuple[torch.optim.Muon, torch.opt
     return torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"), adam
 
 
-def step_loss(model: CLIP, pixels: np.ndarray, tokens: np.ndarray) -> Tensor:
-    """The loss of a batch of views (B, 3, S, S) and their captions (B, 2, context): the mean over the two captions."""
-    distinct, caption = np.unique(tokens.reshape(2 * len(tokens), -1), axis=0, return_inverse=True)
-    image = F.normalize(tiny.image_features(model.visual, normalise(pixels))[0], dim=-1)
-    text = F.normalize(tiny.text_features(model, torch.from_numpy(distinct.astype(np.int64))), dim=-1)
-    losses = []
-    for column in torch.from_numpy(caption).view(-1, 2).T:
-        used, own = column.unique(return_inverse=True)
-        losses.append(contrastive_loss(image, text[used], own, model.logit_scale.exp()))
-    return sum(losses) / 2
+def step_loss(model: CLIP, batch: Batch) -> Tensor:
+    """The loss of a batch, the mean over the two captions: matrices in bf16, their sums, norms and the loss in fp32."""
+    pixels = tiny.normalise(jitter(batch.pixels, batch.rows, batch.columns))
+    views = 64 if pixels.device.type == "cpu" else len(pixels)  # 64 views stay in a CPU's cache
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        image = torch.cat([tiny.image_features(model.visual, part, attend)[0] for part in pixels.split(views)])
+        text = torch.cat([tiny.trimmed_features(model, part, attend) for part in batch.texts])
+    image, text = (F.normalize(side.float(), dim=-1) for side in (image, text))
+    scale = model.logit_scale.exp()
+    return sum(contrastive_loss(image, text[u], own, scale) for u, own in zip(batch.used, batch.caption)) / 2
 
 
 def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, file: Path | None = None, measure=None) -> list[dict]:
@@ -222,23 +303,29 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, file: Path | None = 
         pool: what it sees
         recipe: how
         seed: of the order of the views and of their jitter
-        file: the checkpoint, which is written every `KEEP` steps and from which an interrupted training goes on
-        measure: called with the model every `KEEP` steps and at the end; its dictionary is added to the curve
+        file: the checkpoint, which is written with every row and from which an interrupted training goes on
+        measure: called with the model for every row, to which its dictionary is added
 
     Returns:
-        the curve, one row every `KEEP` steps: step, mean loss since the last row, minutes, and what `measure` says
+        the curve, one row every `KEEP` steps, at `FIRST` steps and whenever twice as many were made, and at the end:
+        step, mean loss since the last row, minutes, and what `measure` says
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another recipe, seed or device (it is set aside)
     """
+    device = next(model.parameters()).device
     descent = optimizers(model, recipe)
     curve: list[dict] = []
+    training = json.dumps({**recipe._asdict(), "seed": seed, "device": device.type})
     if file is not None and file.is_file():
-        curve = _restore(file, model, descent)
+        curve = _restore(file, training, model, descent)
         print(f"  going on from step {curve[-1]['step']} ({file})", flush=True)
     first, spent = (curve[-1]["step"], curve[-1]["minutes"]) if curve else (0, 0.0)
     started, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
         rows = np.sort(batch_rows(recipe.pictures, len(pool.pixels) // recipe.pictures, recipe.batch_size, seed, step))
-        pixels = jitter(pool.pixels[rows], recipe.shift, seeds.rng(seed, "jitter", step))
-        loss = step_loss(model.train(), pixels, pool.tokens[rows])
+        rng = seeds.rng(seed, "jitter", step)
+        loss = step_loss(model.train(), batch(pool.pixels[rows], pool.tokens[rows], recipe.shift, rng, device))
         model.zero_grad()
         loss.backward()
         for optimizer in descent:
@@ -247,159 +334,131 @@ def fit(model: CLIP, pool: Pool, recipe: Recipe, seed: int, file: Path | None = 
             optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        losses.append(loss.item())
-        if (step + 1) % KEEP == 0 or step + 1 == recipe.steps:
+        losses.append(loss.detach())
+        if _is_row(step + 1, recipe.steps):
             minutes = spent + (time.monotonic() - started) / 60
-            row = {"step": step + 1, "loss": float(np.mean(losses)), "minutes": minutes}
+            row = {"step": step + 1, "loss": float(torch.stack(losses).mean()), "minutes": minutes}
             curve.append(row | (measure(model.eval()) if measure else {}))
             losses = []
             print("  " + ", ".join(f"{key} {value:.4g}" for key, value in curve[-1].items()), flush=True)
             if file is not None:
-                _keep(file, model, descent, curve)
+                _keep(file, training, model, descent, curve)
     return curve
 
 
-def _keep(file: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer], curve: list[dict]) -> None:
+def _is_row(done: int, steps: int) -> bool:
+    doubled = done >= FIRST and done & (done - 1) == 0
+    return done % KEEP == 0 or doubled or done == steps
+
+
+def _keep(file: Path, training: str, model: CLIP, descent: Sequence[torch.optim.Optimizer], curve: list[dict]) -> None:
     state = checkpoint.pack(model.state_dict(keep_vars=True), descent)
-    paths.write(file, save(state, metadata={"curve": json.dumps(curve)}))
+    paths.write(file, save(state, metadata={"curve": json.dumps(curve), "training": training}))
 
 
-def _restore(file: Path, model: CLIP, descent: Sequence[torch.optim.Optimizer]) -> list[dict]:
+def _restore(file: Path, training: str, model: CLIP, descent: Sequence[torch.optim.Optimizer]) -> list[dict]:
+    try:
+        with safe_open(file, "pt") as kept:
+            facts = kept.metadata()
+            if facts["training"] != training:
+                raise ValueError(f"is of another training: {facts['training']}")
+            state = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
+        checkpoint.unpack(state, model.state_dict(keep_vars=True), descent)
+        return json.loads(facts["curve"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        aside = file.with_suffix(".aside")
+        file.replace(aside)
+        raise ValueError(
+            f"the checkpoint {file.name} cannot be used ({error}): it is now {aside}, the same command starts anew"
+        ) from None
+
+
+@contextmanager
+def _alone(name: str, file: Path) -> Iterator[None]:
+    try:
+        with FileLock(file.with_suffix(".lock"), timeout=0, mode=paths.mode()):
+            yield
+    except Timeout:
+        raise ValueError(f"{name} is being trained already ({file}): wait for its end or stop it") from None
+
+
+def curve_of(file: Path, steps: int) -> list[dict]:
+    """The curve that a checkpoint carries, [] where there is none or the training did not come to its end."""
+    if not file.is_file():
+        return []
     with safe_open(file, "pt") as kept:
-        state = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
         curve = json.loads(kept.metadata()["curve"])
-    checkpoint.unpack(state, model.state_dict(keep_vars=True), descent)
-    return curve
+    return curve if curve[-1]["step"] == steps else []
 
 
-def pictures_of(dataset: birdlets.Birdlets) -> np.ndarray:
-    """(n, 3, S, S) uint8: a data set's square pictures at the size that the model reads."""
-    size = (birdlets.TRAIN_SIZE, birdlets.TRAIN_SIZE)
-    images = (Image.fromarray(dataset.load(i).permute(1, 2, 0).numpy()) for i in range(len(dataset)))
-    return np.stack([np.asarray(image.resize(size, Image.BICUBIC)) for image in images]).transpose(0, 3, 1, 2)
+def _quarter(recipe: str) -> str | None:
+    """The recipe that differs from this one by a quarter of its steps."""
+    long = RECIPES[recipe]
+    return next((name for name, short in RECIPES.items() if short._replace(steps=4 * short.steps) == long), None)
 
 
-@torch.inference_mode()
-def accuracies(model: CLIP, pixels: np.ndarray, dataset: birdlets.Birdlets) -> tuple[np.ndarray, np.ndarray]:
-    """Which pictures are right (n,) bool: by the names of the classes alone, and by names with descriptions.
-
-    Args:
-        model: in eval mode
-        pixels: `pictures_of(dataset)`
-        dataset: of Birdlets
-    """
-    tokenize = tiny.tokenizer(birdlets.vocabulary())
-    described = birdlets.descriptors(dataset.species)
-    names = [f"a photo of a {name}." for name in dataset.class_names]
-    said = [f"a photo of a {name}, which has {words}." for name in dataset.class_names for words in described[name]]
-    owner = torch.tensor([c for c, name in enumerate(dataset.class_names) for _ in described[name]])
-    parts = np.array_split(pixels, len(pixels) // 64 + 1)
-    image = torch.cat([tiny.image_features(model.visual, normalise(part))[0] for part in parts])
-    name = F.normalize(tiny.text_features(model, tokenize(names)), dim=-1)
-    description = F.normalize(tiny.text_features(model, tokenize(said)), dim=-1)
-    mean = torch.zeros_like(name).index_add_(0, owner, description) / owner.bincount()[:, None]
-    by_name, with_descriptions = ((image @ text.T).argmax(1).numpy() == dataset.label for text in (name, mean))
-    return by_name, with_descriptions
-
-
-def model_card(
-    name: str, recipe: Recipe, seed: int, drawing: float, curve: list[dict], sha256: str, results: dict
-) -> str:
-    """The page that goes with the weights.
-
-    Args:
-        name: of the model
-        recipe: it was trained by
-        seed: of the training
-        drawing: minutes that the training views took
-        curve: what `fit` returned
-        sha256: of the weights
-        results: domain -> (share right by name, by name with descriptions, pictures)
-    """
-    whole = name.endswith("whole")
-    views = "whole pictures with whole captions only" if whole else "whole pictures, medium views and close-ups"
-    config = tiny.CONFIG
-    shown = [row for i, row in enumerate(curve) if i % max(len(curve) // 12, 1) == 0 or row is curve[-1]]
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            f"A small CLIP (open_clip's `CLIP` module), trained from scratch on Birdlets: {views}.",
-            f"Made by `python -m upclose.train {name}`; do not edit.",
-            "",
-            "| | |",
-            "| --- | --- |",
-            *(f"| {key} | {value} |" for key, value in recipe._asdict().items() if key != "measure"),
-            f"| seed | {seed} |",
-            f"| minutes of drawing, {DRAWERS} processes | {drawing:.1f} |",
-            f"| minutes of training, {THREADS} threads | {curve[-1]['minutes']:.1f} |",
-            f"| image tower | {config['vision_cfg']} |",
-            f"| text tower | {config['text_cfg']} |",
-            f"| torch | {torch.__version__} |",
-            f"| sha256 of the weights | `{sha256}` |",
-            "",
-            "## Validation species, never seen in training (120 in 24 groups of 5 siblings, chance 0.8 %)",
-            "",
-            "Top-1 of the whole picture.",
-            "",
-            "| domain | by name | with descriptions | pictures |",
-            "| --- | --- | --- | --- |",
-            *(f"| {domain} | {a:.1%} | {b:.1%} | {n} |" for domain, (a, b, n) in results.items()),
-            "",
-            "## Curve",
-            "",
-            "| step | loss | by name | with descriptions |",
-            "| --- | --- | --- | --- |",
-            *(f"| {r['step']} | {r['loss']:.3f} | {r['name']:.1%} | {r['descriptions']:.1%} |" for r in shown),
-            "",
-            "## Limits",
-            "",
-            "It knows painted birds of 12 families and the words of one small grammar, and nothing of real pictures.",
-            "Captions and class descriptions come from that same grammar, so that some of what descriptions add is",
-            "built in. Unknown words",
-            f"become one of {tiny.BUCKETS} untrained tokens. Text beyond {tiny.CONTEXT} tokens is cut.",
-            "",
-        ]
-    )
-
-
-def train(name: str, recipe: Recipe, seed: int, folder: Path) -> dict:
+def train(name: str, recipe: str, seed: int, folder: Path, device: str = "cpu") -> dict:
     """Draw, train, save and describe one model; returns domain -> (right by name, with descriptions, pictures).
 
     Args:
-        name: "birdlets-tiny", or "birdlets-tiny-whole", which sees whole pictures only
-        recipe: how
-        seed: of everything
+        name: one of `tiny.NAMES`; "birdlets-tiny-whole" sees whole pictures only
+        recipe: one of `RECIPES`
+        seed: of the weights, and of the order and jitter of the views; all seeds see the same views
         folder: where `<name>.safetensors`, `.json` and `.md` go
+        device: "cpu" or "cuda"
+
+    Raises:
+        ValueError: views or checkpoint are damaged, the disk is full, or another process trains the same
     """
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
+    if device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    how = RECIPES[recipe]
     whole, words = name.endswith("whole"), birdlets.vocabulary()
     root = paths.cache() / "train"
     drawing = [*Path(birdlets.__file__).parent.glob("*.py")]
     learning = [*drawing, Path(__file__), Path(tiny.__file__), Path(checkpoint.__file__)]
-    drawn = root / f"pool-{_key(drawing, recipe.pictures, seed, whole, tiny.BUCKETS, tiny.CONTEXT)}"
-    kept = root / f"{name}-{_key(learning, recipe, seed, whole, tiny.CONFIG)}.safetensors"
+    drawn = root / f"pool-{_key(drawing, how.pictures, POOL_SEED, whole, tiny.BUCKETS, tiny.CONTEXT)}"
+
+    def kept(recipe: str) -> Path:
+        key = _key(learning, RECIPES[recipe], seed, device, whole, tiny.CONFIG)
+        return root / f"{name}-{recipe}-{key}.safetensors"
+
     root.mkdir(parents=True, exist_ok=True)
-    print(f"{name}: pictures in {drawn}", flush=True)
-    pool = draw_pool(drawn, recipe.pictures, seed, whole)
-    glance = birdlets.dataset("validation", "photo", n=480, seed=1)
-    glance_pixels = pictures_of(glance)
+    with _alone(name, kept(recipe)):
+        print(f"{name}: pictures in {drawn}", flush=True)
+        pool = draw_pool(drawn, how.pictures, POOL_SEED, whole)
+        photos = birdlets.dataset("validation", "photo", n=how.measure)
+        photo_pixels = card.pictures_of(photos)
 
-    def measure(model: CLIP) -> dict:
-        by_name, described = accuracies(model, glance_pixels, glance)
-        return {"name": float(by_name.mean()), "descriptions": float(described.mean())}
+        def measure(model: CLIP) -> dict:
+            by_name, described = card.accuracies(model, photo_pixels, photos)
+            return {"name": float(by_name.mean()), "descriptions": float(described.mean())}
 
-    print(f"{name}: {recipe.steps} steps on {len(pool.pixels):,} views", flush=True)
-    model = tiny.build(tiny.CONFIG, words, seed)
-    curve = fit(model, pool, recipe, seed, kept, measure)
-    sha256 = tiny.save(folder, name, model, tiny.CONFIG, words)
-    results = {}
-    for domain in birdlets.DOMAINS:
-        data = birdlets.dataset("validation", domain, n=recipe.measure)
-        right = accuracies(tiny.load(folder / f"{name}.safetensors").model, pictures_of(data), data)
-        results[domain] = (*(float(one.mean()) for one in right), len(data))
-    paths.write(folder / f"{name}.md", model_card(name, recipe, seed, pool.minutes, curve, sha256, results).encode())
-    kept.unlink(missing_ok=True)
+        print(f"{name}: {how.steps} steps on {len(pool.pixels):,} views, {kept(recipe)}", flush=True)
+        model = tiny.build(tiny.CONFIG, words, seed).to(device)
+        curve = fit(model, pool, how, seed, kept(recipe), measure)
+        sha256 = tiny.save(folder, name, model.cpu(), tiny.CONFIG, words)
+        shipped = tiny.load(folder / f"{name}.safetensors").model
+        results = {}
+        for domain in birdlets.DOMAINS:
+            data = birdlets.dataset("validation", domain, n=how.measure)
+            right = card.accuracies(shipped, card.pictures_of(data), data)
+            results[domain] = (*(float(one.mean()) for one in right), len(data))
+        curves = {recipe: curve}
+        if quarter := _quarter(recipe):
+            curves[quarter] = curve_of(kept(quarter), RECIPES[quarter].steps)
+        facts = how._asdict() | {
+            "recipe": recipe,
+            "seed": seed,
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu, 1 thread",
+            "minutes of drawing, one processor": f"{pool.minutes:.1f}",
+            "minutes of training": f"{curve[-1]['minutes']:.1f}",
+            "sha256 of the weights": f"`{sha256}`",
+        }
+        page = card.page(name, facts, how.batch_size, curves, results, card.readable(shipped, photos))
+        paths.write(folder / f"{name}.md", page.encode())
     return results
 
 
@@ -412,21 +471,27 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m upclose.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", choices=tiny.NAMES)
-    parser.add_argument("--recipe", choices=RECIPES, default="full", help="mini: to see that training works")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", choices=RECIPES, default=next(iter(RECIPES)), help="pictures, steps, batch, rate")
+    parser.add_argument("--seed", type=int, help="default: the number in the model's name, else 0")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=paths.WEIGHTS, help="folder (default: the package's weights)")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has none that PyTorch can use; --device cpu trains on a processor")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         paths.write(options.out / ".writable", b"")
         (options.out / ".writable").unlink()
     except OSError as error:
         parser.error(f"cannot write to --out {options.out}: {error.strerror}")
+    seed = SEED.get(options.name, 0) if options.seed is None else options.seed
     try:
-        results = train(options.name, RECIPES[options.recipe], options.seed, options.out)
+        results = train(options.name, options.recipe, seed, options.out, options.device)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except (ValueError, OSError) as error:
+        parser.error(paths.sentence(error))
     for domain, (by_name, described, n) in results.items():
         print(f"{domain}: {by_name:.1%} by name, {described:.1%} with descriptions ({n} pictures)")
     return 0

@@ -20,7 +20,13 @@ def photos():
 
 
 @pytest.mark.parametrize(
-    ("name", "by_name", "described"), [("birdlets-tiny", 20, 27), ("birdlets-tiny-whole", 8, 10)]
+    ("name", "by_name", "described"),
+    [
+        ("birdlets-tiny", 20, 27),
+        ("birdlets-tiny-1", 20, 27),
+        ("birdlets-tiny-2", 20, 27),
+        ("birdlets-tiny-whole", 8, 10),
+    ],
 )  # chance is 0.8
 def test_the_shipped_weights_know_validation_species(photos, name, by_name, described):
     data, pixels = photos

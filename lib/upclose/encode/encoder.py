@@ -517,7 +517,8 @@ def load(
 
     Args:
         name: an open_clip model ("ViT-B-32-quickgelu", "hf-hub:...", "local-dir:..."), "birdlets-tiny",
-            "birdlets-tiny-whole", or a checkpoint file that tells its own architecture (OpenAI's layout)
+            "birdlets-tiny-1", "birdlets-tiny-2", "birdlets-tiny-whole", or a checkpoint file that tells its own
+            architecture (OpenAI's layout)
         pretrained: an open_clip tag ("openai"), or a checkpoint file: a state dict of open_clip's (safetensors or
             `.pt`), OpenAI's archive, transformers' CLIPModel or the index of its shards (see `layouts`).
             None: the shipped weights of the birdlets models; random weights, the same in every process, and a warning

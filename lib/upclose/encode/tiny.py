@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from upclose import paths, seeds, shipped
 
-NAMES = ("birdlets-tiny", "birdlets-tiny-whole")
+NAMES = ("birdlets-tiny", "birdlets-tiny-1", "birdlets-tiny-2", "birdlets-tiny-whole")
 BUCKETS = 64
 CONTEXT = 32
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -153,7 +153,14 @@ def load(name_or_path: str | os.PathLike) -> Loaded:
     return Loaded(model.eval(), tokenize, size["size"], tuple(size["mean"]), tuple(size["std"]))
 
 
-def image_features(visual: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S) as the models read it."""
+    return (pixels.float() / 255 - MEAN[0]) / STD[0]
+
+
+def image_features(
+    visual: nn.Module, x: Tensor, attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+) -> tuple[Tensor, Tensor]:
     """`visual(x)` by a shorter way, and the [CLS] token before projection.
 
     The last block computes [CLS] alone. Equal to open_clip's forward but for rounding, with gradients, about 1.4
@@ -162,6 +169,7 @@ def image_features(visual: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         visual: an open_clip `VisionTransformer` with default blocks and [CLS] pooling
         x: (B, 3, S, S) normalised
+        attend: called as PyTorch's scaled dot product attention is
 
     Returns:
         (B, D) embedding, not normalised; (B, W) [CLS] after the last LayerNorm
@@ -169,8 +177,8 @@ def image_features(visual: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     x = visual._embeds(x)
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
-        x = _block(block, x, x)
-    cls = visual.ln_post(_block(last, x[:, :1], x)[:, 0])
+        x = _block(block, x, x, attend)
+    cls = visual.ln_post(_block(last, x[:, :1], x, attend)[:, 0])
     return cls @ visual.proj, cls
 
 
@@ -185,24 +193,29 @@ def text_features(model: CLIP, tokens: Tensor, chunk: int = 128) -> Tensor:
     Returns:
         (L, D) embedding, not normalised
     """
-    order = tokens.argmax(1).argsort(stable=True)
-    parts = [_text_chunk(model, tokens[rows]) for rows in order.split(chunk)]
+    end = tokens.argmax(1)
+    order = end.argsort(stable=True)
+    parts = [trimmed_features(model, tokens[rows, : int(end[rows].max()) + 1]) for rows in order.split(chunk)]
     return torch.cat(parts)[order.argsort()]
 
 
-def _text_chunk(model: CLIP, tokens: Tensor) -> Tensor:
-    end = tokens.argmax(1)
-    length = int(end.max()) + 1
-    x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
-    row = torch.arange(len(tokens), device=tokens.device)
+def trimmed_features(
+    model: CLIP, tokens: Tensor, attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+) -> Tensor:
+    """`text_features` of tokens (L, length) that are as long as the longest text: a GPU need not be asked for it."""
+    (count, length), end = tokens.shape, tokens.argmax(1)
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    row = torch.arange(count, device=tokens.device)
     *blocks, last = model.transformer.resblocks
     for block in blocks:
-        x = _block(block, x, x, model.attn_mask[:length, :length])
-    x = _block(last, x[row, end][:, None], x, model.attn_mask[end, None, None, :length])
+        x = _block(block, x, x, attend, model.attn_mask[:length, :length])
+    x = _block(last, x[row, end][:, None], x, attend, model.attn_mask[end, None, None, :length])
     return model.ln_final(x[:, 0]) @ model.text_projection
 
 
-def _block(block: nn.Module, query: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def _block(
+    block: nn.Module, query: Tensor, x: Tensor, attend: Callable[..., Tensor], mask: Tensor | None = None
+) -> Tensor:
     """A residual attention block for the tokens `query` (B, Q, W) among the tokens `x` (B, T, W)."""
     attention, (b, n, w) = block.attn, query.shape
     heads = (attention.num_heads, w // attention.num_heads)
@@ -212,6 +225,6 @@ def _block(block: nn.Module, query: Tensor, x: Tensor, mask: Tensor | None = Non
     else:
         q = F.linear(block.ln_1(query), weight[:w], bias[:w]).view(b, n, *heads).transpose(1, 2)
         k, v = F.linear(block.ln_1(x), weight[w:], bias[w:]).view(b, -1, 2, *heads).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    mixed = attend(q, k, v, attn_mask=mask)
     query = query + attention.out_proj(mixed.transpose(1, 2).reshape(b, n, w))
     return query + block.mlp(block.ln_2(query))
