@@ -35,11 +35,11 @@ def browser():
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    """An empty machine; gives a maker of small models under published names, with random weights in the hub's cache."""
+    """An empty machine; gives a maker of small models under published names, with random weights given as theirs."""
     import open_clip
     from safetensors.torch import save_file
 
-    from upclose import compare
+    from upclose.encode import published
 
     for name in ("CACHE", "DATA", "RESULTS"):
         monkeypatch.setenv(f"UPCLOSE_{name}", str(tmp_path / name.lower()))
@@ -58,15 +58,8 @@ def lab(tmp_path, monkeypatch):
     def shrink(name, pretrained, config):
         (configs / f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(configs)
-        (hub,) = compare.backbones().query("name == @name and pretrained == @pretrained").hub
-        folder = tmp_path / "hub" / f"models--{hub.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40)
-        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
         state = open_clip.create_model(name, pretrained_text=False).state_dict()
-        save_file(
-            {key: value.clone() for key, value in state.items()},
-            folder / "snapshots" / ("0" * 40) / "open_clip_model.safetensors",
-        )
+        save_file({key: value.clone() for key, value in state.items()}, tmp_path / "random.safetensors")
+        published.keep(name, pretrained, tmp_path / "random.safetensors")
 
     return shrink

@@ -4,13 +4,14 @@ import pytest
 
 import trees
 from upclose import compare, doctor, params, prompts
+from upclose.encode import published
 
 
 @pytest.fixture(autouse=True)
 def empty_machine(tmp_path, monkeypatch):
     for name in ("CACHE", "DATA", "RESULTS"):
         monkeypatch.setenv(f"UPCLOSE_{name}", str(tmp_path / name.lower()))
-    monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(published, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(doctor, "throughput", lambda: 100.0)
 
 
@@ -74,7 +75,7 @@ def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
     trees.make(tmp_path / "data", "oxford-pets")
     assert doctor.missing_data("oxford-pets") == ""
     assert doctor.missing_weights("ViT-B-32-quickgelu", "openai").startswith("https://huggingface.co/")
-    monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: "/somewhere")
+    monkeypatch.setattr(published, "try_to_load_from_cache", lambda *_, **__: "/somewhere")
     assert doctor.missing_weights("ViT-B-32-quickgelu", "openai") == ""
     assert doctor.missing_weights("birdlets-tiny", "") == ""
     file = prompts.local(prompts.find("cupl", "dtd"))

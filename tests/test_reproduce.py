@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import trees
-from upclose import bank, cli, compare, costs, datasets, devices, doctor, identity, paths, prompts, reproduce, run
+from upclose import bank, cli, compare, costs, datasets, devices, identity, paths, prompts, reproduce, run
+from upclose.encode import published
 from upclose.params import ParameterError
 
 pytestmark = pytest.mark.filterwarnings("ignore::upclose.datasets.CountWarning")
@@ -109,7 +110,7 @@ def test_a_shared_bank_is_paid_once():
 def test_the_dry_run_prices_what_is_missing_and_writes_nothing(tmp_path, monkeypatch, capsys):
     for name in ("CACHE", "DATA", "RESULTS"):
         monkeypatch.setenv(f"UPCLOSE_{name}", str(tmp_path / name.lower()))
-    monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(published, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(costs, "rate", lambda backbone, device, precision, seconds: 1880 * 601 / 3600)
     trees.make(tmp_path / "data", "dtd")
     assert cli.main(["reproduce", "LGCA", "--only", "dtd,cub", "--device", "cpu", "--dry-run"]) == 1

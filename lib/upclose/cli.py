@@ -1,4 +1,4 @@
-"""The command line: `upclose run`, `upclose reproduce`, `upclose compare`, `upclose data`, `upclose bank`..."""
+"""The command line: `upclose run`, `reproduce`, `compare`, `data`, `weights`, `bank`, `explain`, `doctor`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ EPILOG = """examples
   upclose reproduce lgca-table1 --dry-run                   the same, with prices; without --dry-run fetch, run, compare
   upclose compare                                           the papers' tables with what the runs measured
   upclose data get dtd cub                                  data sets, from their servers or --from a folder
+  upclose weights ls                                        the papers' backbones: which are here; get fetches them
   upclose bank ls                                           encoded features on this machine
   upclose explain bird.jpg --classes mine.json --out page   what the methods match in a picture of yours
   upclose doctor                                            what this machine can run, and what is missing
@@ -200,6 +201,24 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
+def _weights(options: argparse.Namespace) -> int:
+    from upclose.encode import published, sources
+
+    if options.action == "ls":
+        print(pd.DataFrame(published.rows()).to_string(index=False))
+        return 0
+    wanted = [published.parse(text) for text in options.name]
+    if options.file and len(wanted) > 1:
+        raise ValueError("--from gives one file: name one of the weights")
+    for name, tag in wanted:
+        file, found = sources.get(name, tag, options.file)
+        digest = published.sha256(file)
+        known = digest in published.official(name, tag)
+        kind = "the published file" if known else "taken at your word" if options.file else "not pinned"
+        print(f"{name}:{tag}  {file}\n  sha256 {digest} ({kind})\n  fingerprint {found}")
+    return 0
+
+
 def _explain(options: argparse.Namespace) -> int:
     from upclose import encode, explorer, images, prompts
 
@@ -344,6 +363,14 @@ def parser() -> argparse.ArgumentParser:
     for action in (build, ls, verify, rm):
         action.add_argument("--root", type=_place, help="folder or fsspec URL (default: UPCLOSE_BANK, else the cache)")
     bank.set_defaults(function=_bank)
+
+    weights = commands.add_parser("weights", help="the backbones of the papers' tables: which are here, and get them")
+    actions = weights.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("ls", help="where they are, size, revision and licence")
+    get = actions.add_parser("get", help="fetch them, or take a file as one of them once it has loaded")
+    get.add_argument("name", nargs="+", metavar="NAME[:TAG]", help="as `ls` writes it")
+    get.add_argument("--from", dest="file", type=Path, metavar="FILE", help="a checkpoint, in any layout")
+    weights.set_defaults(function=_weights)
 
     explain = commands.add_parser("explain", help="a page that shows what the methods match in a picture of yours")
     explain.add_argument("picture", type=Path)

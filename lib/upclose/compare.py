@@ -217,7 +217,7 @@ def _status(line) -> str:
 
 @cache
 def backbones() -> pd.DataFrame:
-    """The papers' backbones: as printed, open_clip's name and tag, the hub's repository, D, GFLOPs a picture.
+    """The papers' backbones: as printed, open_clip's name and tag, D, GFLOPs a picture.
 
     Source:
         open_clip's docs/model_profile.csv, column image_gflops; a multiply-add is two operations.

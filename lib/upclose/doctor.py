@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from upclose import compare, costs, datasets, encode, params, paths, prompts
 from upclose.datasets import archives, registry
 
 KINDS = ("weights", "data", "prompts", "notebook")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
-_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 
 
 def sheets() -> dict[str, params.Sheet]:
@@ -74,12 +72,11 @@ def missing_weights(name: str, pretrained: str) -> str:
     """Where to get a backbone that cannot be loaded without a network, "" if it is here. Nothing is downloaded."""
     if name.startswith("birdlets") or Path(pretrained or name).is_file():
         return ""
-    known = [line for line in compare.backbones().itertuples() if (line.name, line.pretrained) == (name, pretrained)]
-    if not known:
-        return "not a backbone of the papers, give a checkpoint file"
-    if any(isinstance(try_to_load_from_cache(known[0].hub, file), str) for file in _FILES):
+    if not encode.published.is_published(name, pretrained):
+        return "not published, give a checkpoint file"
+    if encode.published.cached(name, pretrained):
         return ""
-    return f"https://huggingface.co/{known[0].hub} (fetched at the first run)"
+    return f"{encode.published.pin(name, pretrained).place} (fetched at the first run)"
 
 
 def missing_data(name: str, protocol: str | None = None) -> str:
@@ -133,7 +130,8 @@ def needs(notebook: str, cells: Iterable[dict[str, Any]]) -> list[Need]:
         backbone = costs.Backbone(values["backbone"], values["pretrained"])
         get = missing_weights(*backbone)
         load = partial(encode.load, *backbone, "cpu") if get.startswith("https://") else None
-        found.append(Need("weights", backbone.label, get, load))
+        size = encode.published.pin(*backbone).bytes if load else 0
+        found.append(Need("weights", backbone.label, get, load, size))
         for entry in entries(values):
             lacking = archives.missing(entry, paths.data())
             urls = [archive for archive in lacking if archive.url]

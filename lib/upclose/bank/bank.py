@@ -240,6 +240,8 @@ def _identity(dataset: Dataset, encoder: object, plan: Plan, dtype: str) -> dict
         crops.plan_boxes(plan._replace(n=min(plan.n, 1), steps=steps), 32, 32, "")
     if plan.cls and plan.steps > 1:
         raise ValueError(f"a ladder of {plan.steps} steps keeps no [CLS] tokens: set steps=1 or cls=False in {plan}")
+    if plan.cls:
+        encoder.check_cls()
     return {
         "layout": LAYOUT,
         "dataset": {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint},

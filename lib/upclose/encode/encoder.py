@@ -26,7 +26,7 @@ from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTra
 from torch import Tensor, nn
 
 from upclose import crops, paths
-from upclose.encode import fingerprint, sources, tiny
+from upclose.encode import fingerprint, published, sources, tiny
 from upclose.features import Text
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,7 +104,11 @@ class Encoder:
 
     @property
     def logit_scale(self) -> float:
-        """What the model's training multiplied cosines with before the softmax (100 for OpenAI's)."""
+        """What the model's training multiplied cosines with before the softmax (100 for OpenAI's).
+
+        A model that was trained with a sigmoid has a bias too (SigLIP): the same for all classes, it changes no
+        softmax and is not asked for.
+        """
         return self.model.logit_scale.detach().float().exp().item()
 
     @property
@@ -161,7 +165,8 @@ class Encoder:
         return self._features(x, cls, bool(self.compile))
 
     def _features(self, x: Tensor, cls: bool, compile: bool) -> Tensor | tuple[Tensor, Tensor]:
-        self._check_cls(cls)
+        if cls:
+            self.check_cls()
         half = self._bf16_tower()
         with self._arithmetic() if half is None else contextlib.nullcontext():
             tower, x = (self.visual, x) if half is None else (half, x.bfloat16())
@@ -354,8 +359,13 @@ class Encoder:
             end = tokens.argmax(1)[None, :, None, None].expand(len(context), -1, 1, x.shape[-1])
             return x.gather(2, end)[:, :, 0] @ model.text_projection
 
-    def _check_cls(self, cls: bool) -> None:
-        if cls and not isinstance(self.visual, VisionTransformer):
+    def check_cls(self) -> None:
+        """Whether the image tower has a [CLS] token, which FAIR compares.
+
+        Raises:
+            ValueError: it has none: a ResNet, or a tower of timm's, as SigLIP's, whose head pools all tokens
+        """
+        if not isinstance(self.visual, VisionTransformer):
             raise ValueError(
                 f"the image tower of {self.name!r} ({type(self.visual).__name__}) has no [CLS] token: "
                 "leave cls=False, or choose a ViT such as 'ViT-B-32-quickgelu'"
@@ -390,7 +400,8 @@ class Encoder:
         self, pieces: Iterable[tuple[Tensor, np.ndarray]], cls: bool, compile: bool, whole_batches: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Embed the views of pictures as they come, in batches filled across pictures: (rows, D), (rows, W) or None."""
-        self._check_cls(cls)
+        if cls:
+            self.check_cls()
         found, held, rows = [], [], 0
         for picture, view in pieces:
             held.append((picture, view))
@@ -456,7 +467,8 @@ class Encoder:
     @torch.no_grad()
     def _encode(self, cut: Callable[[int, int], Tensor], count: int, cls: bool) -> tuple[Tensor, Tensor | None]:
         """Embed `cut(start, stop)`, (stop - start, 3, S, S) normalised: (count, D) and (count, W) tokens or None."""
-        self._check_cls(cls)
+        if cls:
+            self.check_cls()
 
         def run(start: int, stop: int) -> Tensor | tuple[Tensor, Tensor]:
             before = self._clock.now(self.device)
@@ -552,7 +564,7 @@ def load(
 
 
 def identity(name: str, pretrained: str | os.PathLike | None = None) -> str:
-    """What tells weights apart before they are used: their fingerprint, or "name:tag" where they come from the network.
+    """What tells weights apart before they are used: their fingerprint, of published ones `published.identity`.
 
     Args:
         name: as in `load`
@@ -561,8 +573,8 @@ def identity(name: str, pretrained: str | os.PathLike | None = None) -> str:
     Raises:
         ValueError, FileNotFoundError: as `load`, for what is not there
     """
-    if sources.is_published(name, pretrained):
-        return f"{name}:{pretrained}"
+    if published.is_published(os.fspath(name).replace("/", "-"), pretrained):
+        return published.identity(os.fspath(name).replace("/", "-"), pretrained)
     return load(name, pretrained, "cpu").fingerprint
 
 

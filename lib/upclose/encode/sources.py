@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import logging
 import os
 import re
@@ -16,14 +15,27 @@ from typing import NamedTuple, TypeVar
 import open_clip
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import get_session
 from open_clip.model import build_model_from_openai_state_dict, convert_to_custom_text_state_dict
+from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor, nn
 
 from upclose import paths
-from upclose.encode import layouts, tiny
+from upclose.encode import fingerprint, layouts, published, tiny
 
 _HUB_SECONDS = 5  # that the hub may take to answer
+_REFUSED = {  # the first that fits
+    GatedRepoError: "it is gated: agree to its terms on its page, then `hf auth login`",
+    RevisionNotFoundError: "the repository has no such revision",
+    RepositoryNotFoundError: "there is no such repository, or it is private: correct the name, or `hf auth login`",
+    RemoteEntryNotFoundError: "the repository has no such file",
+}
 _Found = TypeVar("_Found")
 
 
@@ -51,10 +63,32 @@ def find(name: str, pretrained: str | os.PathLike | None) -> Parts:
     return _birdlets(name, pretrained) or _self_described(name, pretrained) or _from_open_clip(name, pretrained)
 
 
-def is_published(name: str, pretrained: str | os.PathLike | None) -> bool:
-    """Whether these are weights that open_clip would download: a model and one of its tags."""
-    name = os.fspath(name).replace("/", "-")
-    return name in open_clip.list_models() and pretrained in open_clip.list_pretrained_tags_by_model(name)
+def get(name: str, tag: str, file: Path | None = None) -> tuple[Path, str]:
+    """Fetch published weights, or take a file as them; whatever is to be kept has loaded first.
+
+    Args:
+        name: as `published.parse` gives it
+        tag: likewise
+        file: a checkpoint, see `layouts`; None: the hub is asked for what is not here
+
+    Returns:
+        where the weights lie, and the model's fingerprint
+
+    Raises:
+        ValueError: the file holds other tensors than the model, or none
+        FileNotFoundError, ConnectionError: as `encode.load`
+    """
+    if file is None:
+        found = fingerprint.of(find(name, tag).model)
+        return published.cached(name, tag), found
+    file = _existing(file)
+    if file.name.endswith(".index.json"):
+        raise ValueError(f"{file} is the index of several files: give one that holds all tensors")
+    _check_activation(name, tag, open_clip.get_pretrained_cfg(name, tag))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tag tells the preprocessing
+        found = fingerprint.of(find(name, str(file.absolute())).model)
+    return published.keep(name, tag, file), found
 
 
 def _birdlets(name: str, pretrained: str | os.PathLike | None) -> Parts | None:
@@ -114,10 +148,16 @@ def _from_open_clip(name: str, pretrained: str | os.PathLike | None) -> Parts:
     elif not (facts := open_clip.get_pretrained_cfg(name, wanted)):
         raise ValueError(_unknown_tag(name, wanted, tags))
     _check_activation(name, wanted, facts)
-    file = _download(name, wanted, facts) if wanted and state is None else None
+    file = None
+    if wanted and state is None:
+        if file := published.kept(name, wanted):
+            _check_bytes(file, file.stem)
+            state = layouts.read(file).state
+        else:
+            file = _download(published.pin(name, wanted), facts)
     model = _build(name)
-    if file:
-        _load_published(model, file, name, wanted)
+    if file and not state:
+        _load_published(model, file, published.pin(name, wanted))
     elif state:
         _load_state(model, state, name, wanted)
     return _parts(model, _tokenizer(name), facts)
@@ -142,7 +182,7 @@ def _build(name: str, **options: bool) -> nn.Module:
     except Exception as error:
         kind = ConnectionError if name.startswith("hf-hub:") else ValueError
         raise kind(
-            f"{name!r} cannot be built ({paths.reason(error)}): what it needs from the network must be in the cache"
+            f"{name!r} cannot be built ({_why(error)}): what it needs from the network must be in the cache"
         ) from error
     finally:
         logging.disable(quiet)
@@ -186,7 +226,7 @@ def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
         return _fetch(lambda: open_clip.get_tokenizer(name))
     except Exception as error:
         raise ConnectionError(
-            f"the tokenizer of {name!r} is not in the cache and could not be downloaded ({paths.reason(error)}): "
+            f"the tokenizer of {name!r} is not in the cache and could not be downloaded ({_why(error)}): "
             "load it once where there is a network and copy the cache"
         ) from error
 
@@ -248,31 +288,52 @@ def _unknown_tag(name: str, tag: str, tags: Sequence[str]) -> str:
     return f"{name!r} has no weights {tag!r}: {_nearest(tag, tags)}; all: {', '.join(tags)}; or give a checkpoint file"
 
 
-def _download(name: str, tag: str, facts: dict) -> str:
+def _download(pin: published.Pin, facts: dict) -> str:
+    def ask() -> str:
+        if not pin.revision:
+            return open_clip.download_pretrained(facts)
+        return download_pretrained_from_hf(pin.hub, pin.file, pin.revision)
+
     try:
-        return _fetch(lambda: open_clip.download_pretrained(facts))
+        return _fetch(ask)
     except Exception as error:
-        source = facts.get("hf_hub") or facts.get("url")
+        source = f"{pin.hub} at revision {pin.revision[:12]}" if pin.revision else pin.hub or facts.get("url")
         raise ConnectionError(
-            f"the weights {tag!r} of {name!r} are not in the cache and could not be downloaded from {source} "
-            f"({paths.reason(error)}): fetch the file where there is a network and give its path, "
-            f"load({name!r}, pretrained='/path/to/file'), or use 'birdlets-tiny', which is shipped"
+            f"the weights {pin.tag!r} of {pin.name!r} are not in the cache and could not be downloaded from {source} "
+            f"({_why(error)}): fetch the file where there is a network and give its path, "
+            f"load({pin.name!r}, pretrained='/path/to/file'), or once for all, "
+            f"`upclose weights get {pin.name}:{pin.tag} --from FILE`; 'birdlets-tiny' is shipped"
         ) from error
 
 
-def _load_published(model: nn.Module, file: str, name: str, tag: str) -> None:
-    stored = Path(file).resolve()
-    if re.fullmatch("[0-9a-f]{64}", stored.name):  # the hub's cache calls a file by its sha256
-        with stored.open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != stored.name:
-                raise ValueError(f"{stored}, the weights {tag!r} of {name!r}, is not what was downloaded: remove it")
+def _why(error: BaseException | None) -> str:
+    """Why the hub gave no file: what it said of the repository, else the error's first line."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for kind, said in _REFUSED.items():
+        if any(isinstance(each, kind) for each in chain):
+            return said
+    return paths.reason(error)
+
+
+def _load_published(model: nn.Module, file: str, pin: published.Pin) -> None:
+    _check_bytes(Path(file), pin.sha256)
     try:
         open_clip.load_checkpoint(model, file)
     except Exception as error:
         raise ValueError(
-            f"{file}, downloaded as {tag!r} of {name!r}, cannot be loaded ({paths.reason(error)}): it is cut short or "
-            "belongs to another model; remove it, and it is downloaded again"
+            f"{file}, downloaded as {pin.tag!r} of {pin.name!r}, cannot be loaded ({paths.reason(error)}): it is cut "
+            "short or belongs to another model; remove it, and it is downloaded again"
         ) from error
+
+
+def _check_bytes(file: Path, wanted: str = "") -> None:
+    """A file has the checksum that is known of it, or by which it is called, as in the hub's cache."""
+    stored = file.resolve()
+    wanted = wanted or (stored.name if re.fullmatch("[0-9a-f]{64}", stored.name) else "")
+    if wanted and published.sha256(stored) != wanted:
+        raise ValueError(f"{stored} is not what was downloaded: its sha256 is not {wanted}; remove it")
 
 
 def _is_path(name: str) -> bool:
@@ -297,8 +358,11 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], name: str, path: str
         state = convert_to_custom_text_state_dict(state)
     wanted = model.state_dict()
     state = {key: value for key, value in state.items() if key in wanted or key not in dict(model.named_buffers())}
-    if "logit_scale" in state:
-        state = {**state, "logit_scale": state["logit_scale"].reshape(wanted["logit_scale"].shape)}
+    for key in ("logit_scale", "logit_bias"):
+        if key in state and key in wanted and state[key].numel() == 1:
+            state[key] = state[key].reshape(wanted[key].shape)
+    if "logit_bias" not in wanted:
+        state.pop("logit_bias", None)  # of training with a sigmoid: the same for all classes
     wrong = [
         f"{key} is {tuple(state[key].shape)} and not {tuple(wanted[key].shape)}"
         for key in wanted

@@ -346,7 +346,8 @@ def adapt(
         ValueError: an argument out of range, k > N, fewer than two classes, no images that can be read,
             a setting that there is not,
             another number of classes than the data set has, text of another encoder's dimensions, an encoder in fp16,
-            a pseudo-label that is no class, a strong view of another size, a state of other arguments
+            an encoder without a [CLS] token where crops are weighted by it, a pseudo-label that is no class, a
+            strong view of another size, a state of other arguments
         ImportError: tuning="lora" without peft
         FloatingPointError: a loss that is not finite, at the end of its epoch
 
@@ -637,6 +638,8 @@ def _check_problem(encoder, dataset: Dataset, text: Text, settings: Settings) ->
         raise ValueError(f"momentum must be in [0, 1), not {momentum}: with 1 the fairness loss has no gradient")
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be at least 1")
+    if (settings.weak, settings.crop_weights) == ("crops", "cls"):
+        encoder.check_cls()
     if encoder.precision == "fp16":
         raise ValueError("gradients of order gamma = 1e-3 vanish in fp16: load the encoder in bf16 or fp32")
 

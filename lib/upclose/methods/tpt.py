@@ -96,9 +96,9 @@ def scores(
     """
     if not class_names or views < 1 or not 0 < keep <= 1:
         raise ValueError(f"{len(class_names)} classes, {views} views, keep {keep}: give at least 1, 1 and (0, 1]")
+    tokens, start = encoder.embed_prompts([f"{CONTEXT} {name}." for name in class_names], CONTEXT)
     view = _from_bank(images, views) if isinstance(images, Views) else _from_pixels(encoder, images, views, seed)
     check_unit(view, "view")
-    tokens, start = encoder.embed_prompts([f"{CONTEXT} {name}." for name in class_names], CONTEXT)
     return torch.cat(
         [
             _tuned(encoder, part, tokens, start, steps, keep, learning_rate)
