@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.datasets import Flowers102
 
 from bank_world import PLAN, FakeEncoder, contents
-from upclose import bank, datasets, identity, params, paths
+from upclose import bank, datasets, encode, evaluate, identity, params, paths
 from upclose.bank import cluster, shards
 from upclose.datasets import registry, tars
 from upclose.features import Dataset
@@ -204,6 +204,46 @@ def test_a_published_collection_is_the_registrys_data_set(tmp_path, name):
     (tmp_path / name / "classnames.txt").write_text("\n".join([*classes, "one more"]))
     with pytest.raises(ValueError, match="101 class names, but cifar100 has 100"):
         datasets.load(f"webdataset:{name}", root=tmp_path)
+
+
+def test_a_collection_brings_its_templates_unless_it_is_the_registrys(tmp_path):
+    folder = collection(tmp_path / "wds_toy")
+    said = folder / "zeroshot_classification_templates.txt"
+    said.write_text("a photo of a {c}.\n\n  {c}, drawn\n")
+    data = datasets.load(f"webdataset:{folder}", limit=6)
+    assert data.templates == ("a photo of a {c}.", "{c}, drawn")
+    assert datasets.load(f"webdataset:{folder}/test/{{0..4}}.tar").templates == data.templates
+    encoder = encode.load("birdlets-tiny")
+    found = evaluate.text(encoder, data, "clip-e")
+    sentences = [[f"a photo of a {name}.", f"{name}, drawn"] for name in NAMES]
+    expected = encode.embed_text(encoder, sentences, sentences, NAMES)
+    assert torch.equal(found.label, expected.label)
+    assert torch.equal(found.description, expected.description)
+    before = datasets.load(f"webdataset:{folder}").fingerprint
+    said.write_text("a drawing of a {c}.\n")
+    assert datasets.load(f"webdataset:{folder}").fingerprint != before
+    for wrong in ("a photo", "{} here", "{c} and {c}", "{c} {0}"):
+        said.write_text(f"a photo of a {{c}}.\n{wrong}\n")
+        with pytest.raises(ValueError, match=f"{re.escape(repr(wrong))} has not one {{c}}"):
+            datasets.load(f"webdataset:{folder}")
+    said.write_text("<!doctype html>")
+    with pytest.raises(ValueError, match=r"templates\.txt is a page"):
+        datasets.load(f"webdataset:{folder}")
+    cifar = collection(tmp_path / "wds_vtab-cifar100", n=100, each=40, names=[f"kind {c:03d}" for c in range(100)])
+    with pytest.warns(datasets.CollectionWarning):
+        assert datasets.load(f"webdataset:{cifar}").templates == ()  # CLIP's, as published tables have
+
+
+def test_aircraft_are_in_the_order_of_their_official_list(tmp_path):
+    names = [f"{k}-200" for k in range(700, 770)] + ["ATR-72", "An-12", "BAE 146-200", "BAE-125", "F-16A/B", "F/A-18"]
+    names += [f"Z{k}" for k in range(100, 124)]
+    folder = collection(tmp_path / "wds_fgvc_aircraft", n=100, each=50, names=names)
+    with pytest.warns(datasets.CollectionWarning, match="100 pictures, not 3,333"):
+        assert datasets.load(f"webdataset:{folder}").class_names[70:72] == ["ATR-72", "An-12"]
+    names[70:72] = names[71:69:-1]
+    (folder / "classnames.txt").write_text("\n".join(names))
+    with pytest.raises(ValueError, match=r"'An-12' stands before 'ATR-72'.*class order is wrong"):
+        datasets.load(f"webdataset:{folder}")
 
 
 def test_imagenet_is_read_with_the_registrys_names(tmp_path):

@@ -89,8 +89,8 @@ def text(encoder: encode.Encoder, data: Dataset, source: str, **options) -> Text
 
     Args:
         encoder: of the sentences
-        data: whose classes; its `name`, `split` and `class_names` are read, and nothing else. A file of features has
-            words of its own, which are read instead
+        data: whose classes; its `name`, `split` and `class_names` are read, and `templates` where it brings its own. A
+            file of features has words of its own, which are read instead
         source: one of `prompts.SOURCES`
         options: of `prompts.load`: seed, variant, file
 
@@ -101,7 +101,10 @@ def text(encoder: encode.Encoder, data: Dataset, source: str, **options) -> Text
         found = data.text(source)
         return found.to(encoder.device) if encoder else found
     names = data.class_names
-    said = list(prompts.load(source, data.name, data.split, names, **options).values())
+    if source == "clip-e" and (own := getattr(data, "templates", ())):
+        said = [[template.format(c=name) for template in own] for name in names]
+    else:
+        said = list(prompts.load(source, data.name, data.split, names, **options).values())
     label = said if source == "clip-e" else [prompts.TEMPLATE.format(name) for name in names]
     found = encode.embed_text(encoder, label, said, names)
     _EMBEDDED[found.label] = encoder.fingerprint

@@ -98,13 +98,25 @@ class Tars:
 
     Attributes:
         tar_starts: positions at which another tar begins; shards of a bank end there
+        templates: a prompt ensemble that the pictures bring, each with {c} for a class; none for the registry's data
+            sets, which have CLIP's
     """
 
     domain, domain_names = None, ()
 
-    def __init__(self, name: str, split: str, class_names: list[str], urls: list[str], index: Index, shard: np.ndarray):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        class_names: list[str],
+        urls: list[str],
+        index: Index,
+        shard: np.ndarray,
+        templates: tuple[str, ...] = (),
+    ):
         """Join what `open_tars` found: shard is (n,) int32, the position in `urls` of each picture's."""
         self.name, self.split, self.class_names, self.urls = name, split, class_names, urls
+        self.templates = templates
         self._index, self._shard, self.label = index, shard, index.label
         split_urls = [url.split("/") for url in urls]
         shared = (k for k, parts in enumerate(zip(*split_urls)) if len(set(parts)) > 1)
@@ -112,7 +124,7 @@ class Tars:
         names = ["/".join(parts[depth:]).removesuffix(".tar") for parts in split_urls]  # the same wherever they lie
         self.key = Keys(names, shard, index.key)
         self.tar_starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
-        digest = hashlib.sha256(repr([name, split, class_names, names]).encode())
+        digest = hashlib.sha256(repr([name, split, class_names, names, *templates]).encode())
         for array in (shard, index.size, index.label):
             digest.update(np.ascontiguousarray(array))
         for keys in np.array_split(index.key, len(index.key) // 2**20 + 1):
@@ -146,7 +158,7 @@ class Tars:
     def select(self, index: Sequence[int] | np.ndarray) -> Tars:
         """The same data set with some of its pictures, in the order of `index`."""
         chosen = Index(*(part[index] for part in self._index))
-        return Tars(self.name, self.split, self.class_names, self.urls, chosen, self._shard[index])
+        return Tars(self.name, self.split, self.class_names, self.urls, chosen, self._shard[index], self.templates)
 
 
 # ------------------------------------------------------------------------------------------------------------ a place
@@ -158,7 +170,7 @@ def open_tars(place: str, split: str, root: str | os.PathLike, protocol: str | N
     Args:
         place: shards with numbers in braces, "s3://bucket/train-{000..127}.tar", whose `classnames.txt` lies beside
             them or one folder up; or a folder in CLIP_benchmark's layout, `<split>/nshards.txt`, `<split>/0.tar` and so
-            on, and `classnames.txt`
+            on, and `classnames.txt`; a `zeroshot_classification_templates.txt` beside the names is read too
         split: of a folder; shards that are named are whatever split one says
         root: below which a folder is looked for that is not there
         protocol: that a registered collection must be of, None for any
@@ -166,7 +178,7 @@ def open_tars(place: str, split: str, root: str | os.PathLike, protocol: str | N
     Raises:
         FileNotFoundError: no shards, or no list of classes
         ShardError: a shard is missing, no tar, cut short, or has a sample without a label or with two pictures
-        ValueError: classes in another order than the registry's, or another protocol
+        ValueError: classes in another order than the registry's, another protocol, or a template without one {c}
 
     Warns:
         CollectionWarning: what it is, where its name makes one think of something else
@@ -180,17 +192,19 @@ def open_tars(place: str, split: str, root: str | os.PathLike, protocol: str | N
     index = Index(*(np.concatenate(parts) for parts in zip(*found)))
     names = _class_names(folder)
     _check_labels(urls, found, len(names))
-    name = collection or "webdataset"
+    name, templates = collection or "webdataset", ()
     if entry := _registered(collection, split, protocol):
         name, names = entry.dataset, _in_order(entry, names, place)
         if (expected := getattr(entry, _part(collection, split))) != len(shard):
             warnings.warn(
                 f"{place} {split}: {len(shard):,} pictures, not {expected:,}", CollectionWarning, stacklevel=3
             )
+    else:
+        templates = _templates(folder)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{place}: two classes are called {twice!r}")
-    return Tars(name, split, names, urls, index, shard)
+    return Tars(name, split, names, urls, index, shard, templates)
 
 
 def _shards(place: str, split: str, root: str | os.PathLike) -> tuple[list[str], list[str], str]:
@@ -242,15 +256,30 @@ def _text(url: str) -> str | None:
         raise ValueError(f"{url} is not UTF-8: save it as UTF-8") from None
 
 
-def _class_names(folders: list[str]) -> list[str]:
+def _lines(folders: list[str], name: str) -> list[str]:
+    """The lines of a file in the first folder that has it, none where there is none."""
     for folder in folders:
-        if (said := _text(f"{folder}/classnames.txt")) is not None:
+        if (said := _text(f"{folder}/{name}")) is not None:
             if said.lstrip().startswith("<"):
-                raise ValueError(f"{folder}/classnames.txt is a page: the server gave it in the file's place")
-            return [words(line) for line in said.splitlines() if line.strip()]
-    raise FileNotFoundError(
-        f"there is no {folders[0]}/classnames.txt: write one with a line a class, in the labels' order"
-    )
+                raise ValueError(f"{folder}/{name} is a page: the server gave it in the file's place")
+            return [line.strip() for line in said.splitlines() if line.strip()]
+    return []
+
+
+def _class_names(folders: list[str]) -> list[str]:
+    if not (lines := _lines(folders, "classnames.txt")):
+        raise FileNotFoundError(
+            f"there is no {folders[0]}/classnames.txt with names: write one, a line a class, in the labels' order"
+        )
+    return [words(line) for line in lines]
+
+
+def _templates(folders: list[str]) -> tuple[str, ...]:
+    lines = _lines(folders, "zeroshot_classification_templates.txt")
+    for line in lines:
+        if not re.fullmatch(r"[^{}]*\{c\}[^{}]*", line):
+            raise ValueError(f"zeroshot_classification_templates.txt of {folders[0]}: {line!r} has not one {{c}}")
+    return tuple(lines)
 
 
 def _check_labels(urls: list[str], found: list[Index], classes: int) -> None:
@@ -314,6 +343,7 @@ def _in_order(entry: registry.Entry, names: list[str], place: str) -> list[str]:
     imagenet = list(registry.imagenet_classes().values()) if entry.dataset.startswith("imagenet") else []
     known = imagenet or (sorted(names, key=_folded) if entry.dataset in ALPHABETICAL else [])
     known = list(tv.Flowers102.classes) if entry.dataset == "flowers102" else known
+    known = sorted(names) if entry.dataset == "fgvc-aircraft" else known  # capitals first
     folded = [_folded(name) for name in names]
     theirs, ours = Counter(folded), Counter(map(_folded, known))  # a name that two classes share tells nothing
     position = {name: k for k, name in enumerate(map(_folded, known)) if theirs[name] == ours[name] == 1}
