@@ -58,6 +58,13 @@ def test_what_cannot_be_done_is_one_sentence(birds, classes):
         upclose.explain(picture, classes, class_name="crow")
     with pytest.raises(ValueError, match="needs"):
         upclose.classify([picture], classes, method="Tip-Adapter")
+    for pictures in ([], picture, "bird.jpg"):
+        with pytest.raises(ValueError, match=r"list of pictures: \[picture\] for one"):
+            upclose.classify(pictures, classes)
+    for few, said in (({"tern": ["an orange beak"]}, "at least two classes, not 1"), ({}, "no classes")):
+        with pytest.raises(ValueError, match=said):
+            upclose.classify([picture], few)
+    assert upclose.explain(picture, {"tern": ["an orange beak"]}, class_name="tern").sentence == ["an orange beak"]
 
 
 def test_names_and_sentences_are_escaped_in_jupyter(birds):

@@ -106,7 +106,8 @@ def classify(
         plan: the crops; None is 30 squares of 50 to 90 % of the short side, for LGCA each expanded up to three times
 
     Raises:
-        ValueError: an unknown method, one that needs more than pictures and sentences, or a class without sentences
+        ValueError: an unknown method, one that needs more than pictures and sentences, no list of pictures or an empty
+            one, fewer than two classes, or a class without sentences
         upclose.images.ImageError: a file that is no picture
 
     Example:
@@ -115,8 +116,12 @@ def classify(
         >>> upclose.classify([picture], {"tern": ["an orange beak"], "crow": ["a black beak"]}).scores.shape
         torch.Size([1, 2])
     """
+    if isinstance(pictures, Picture) or not len(pictures):
+        raise ValueError("classify takes a list of pictures: [picture] for one")
     encoder = encoder or encode.load("birdlets-tiny")
     _, names, text = _text(encoder, classes)
+    if len(names) < 2:
+        raise ValueError(f"to name a picture takes at least two classes, not {len(names)}")
     chosen = evaluate.methods.get(method)
     rule = evaluate.rules([chosen.name], lambda _: text)[chosen.name]
     plan = plan or Plan(factor=1.25, steps=4 if "ladder" in chosen.needs else 1)
@@ -170,7 +175,8 @@ def _pixels(picture: Picture) -> tuple[str, Tensor]:
 
 def _text(encoder: encode.Encoder, classes: Classes) -> tuple[dict, list[str], Text]:
     said = dict(classes) if isinstance(classes, Mapping) else prompts.read(classes)
-    names = list(said)
+    if not (names := list(said)):
+        raise ValueError("no classes: give {class name: [sentences]}")
     return said, names, encode.embed_text(encoder, [prompts.TEMPLATE.format(n) for n in names], [*said.values()], names)
 
 
