@@ -1,8 +1,11 @@
 """A published table in one call: its plan, its price, its runs on miniature trees, its page."""
 
 import json
+import os
 import re
 import shutil
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -163,6 +166,9 @@ def tiny(lab, tmp_path, monkeypatch):
     return make
 
 
+EXECUTE = run._execute
+
+
 def measuring(item, partial, tick):
     """In place of a notebook: CLIP is right in half of 100 pictures, LGCA at tau 1.1 in 60 and at 1.25 in 70."""
     values = item.job.values
@@ -225,6 +231,45 @@ def test_a_table_is_run_compared_and_written_and_the_next_call_does_nothing_agai
     monkeypatch.setattr(costs, "rate", None)
     assert cli.main([*call, "--dry-run"]) == 0
     assert "all runs are complete" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Ray with two processors on this machine, whose workers import the tests' modules; ask for it after `tiny`."""
+    ray = pytest.importorskip("ray", reason='needs Ray: pip install "upclose[cluster]"')
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield ray
+    ray.shutdown()
+
+
+def elsewhere(item, partial):
+    """A run in a worker of Ray: measured in a moment, but for one whose worker is lost."""
+    if item.job.name.endswith("ViT-B-32-quickgelu-1.25"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    run._run_notebook = measuring
+    return EXECUTE(item, partial)
+
+
+@pytest.mark.xdist_group("ray")  # one cluster at a time
+def test_a_cluster_runs_a_table_names_what_it_lost_and_the_next_call_does_that(measured, cluster, capsys, monkeypatch):
+    measured("dtd")
+    call = ["reproduce", "lgca-table1", "--only", "dtd", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_execute", elsewhere)
+        assert cli.main([*call, "--ray", "local"]) == 1
+    assert not cluster.is_initialized()
+    assert "lgca-table1-dtd-ViT-B-32-quickgelu-1.25: " in capsys.readouterr().err
+    done = {file: file.read_bytes() for file in paths.results().glob("*/*/run.json")}
+    assert len(done) == 3
+    table = pd.read_csv(paths.results() / "reproduce" / "lgca-table1.csv", keep_default_na=False)
+    ours = table[(table.ours != "") & (table.method == "LGCA")]
+    assert sorted(zip(ours.backbone, ours.variant, ours.ours.astype(float))) == [
+        ("ViT-B/16", "tau 1.1", 60), ("ViT-B/16", "tau 1.25", 70), ("ViT-B/32", "tau 1.1", 60),
+    ]  # fmt: skip
+    assert cli.main(call) == 0
+    assert len(list(paths.results().glob("*/*/run.json"))) == 4
+    assert {file: file.read_bytes() for file in done} == done
 
 
 @pytest.mark.parametrize(("device", "places"), [("cuda", ["0", "3"]), ("cuda:1", [""]), (None, ["0", "3"])])
