@@ -27,14 +27,14 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 html {{ scroll-snap-type: y mandatory; color-scheme: light dark; }}
-body {{ margin: 0; font: 2.6vmin/1.45 system-ui, sans-serif; }}
+body {{ margin: 0; font: max(2.6vmin, 15px)/1.45 system-ui, sans-serif; }}
 section {{ box-sizing: border-box; height: 100vh; overflow: hidden; padding: 4vmin 8vmin; scroll-snap-align: start;
   display: flex; flex-direction: column; gap: 1.2vmin; }}
-h1 {{ font-size: 4.4vmin; line-height: 1.15; margin: 0; }}
+h1 {{ font-size: 1.7em; line-height: 1.15; margin: 0; }}
 p {{ margin: 0; max-width: 120vmin; }}
 figure {{ margin: 0; flex: 1; min-height: 0; }}
 img {{ width: 100%; height: 100%; object-fit: contain; object-position: left top; background: #fff; }}
-footer {{ font-size: 1.8vmin; opacity: .7; margin-top: auto; }}
+footer {{ font-size: .7em; opacity: .7; margin-top: auto; }}
 </style>
 <script>MathJax = {{ tex: {{ inlineMath: [["$", "$"]] }} }};</script>
 <script defer src="../_static/mathjax/tex-chtml.js"></script>
@@ -46,9 +46,9 @@ addEventListener("keydown", (event) => {{
   const here = Math.round(scrollY / innerHeight) + step;
   document.querySelectorAll("section")[here]?.scrollIntoView();
 }});
-</script></head><body>
+</script></head><body><main>
 {slides}
-</body></html>
+</main></body></html>
 """
 
 

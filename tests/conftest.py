@@ -34,6 +34,34 @@ def browser():
 
 
 @pytest.fixture
+def complaints(browser):
+    """What axe has against a page, all of its rules, as a desktop and a telephone show it, light and dark."""
+    axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python is not installed").Axe()
+
+    def found(address, ready=lambda _: None):
+        said = {}
+        for width, mobile in ((1280, False), (390, True)):
+            size = {"width": width, "height": 850, "deviceScaleFactor": 1, "mobile": mobile}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get(address)
+            ready(browser)
+            for scheme in ("light", "dark"):
+                browser.execute_cdp_cmd(
+                    "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+                )
+                browser.execute_script("document.documentElement.dataset.theme = arguments[0]", scheme)  # the book's
+                for each in axe.run(browser)["violations"]:
+                    said[width, scheme, each["id"]] = [node["html"][:200] for node in each["nodes"]]
+            if browser.execute_script("return document.documentElement.scrollWidth > arguments[0]", width):
+                said[width, "scrolls sideways"] = browser.title
+        return said
+
+    yield found
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.fixture
 def lab(tmp_path, monkeypatch):
     """An empty machine; gives a maker of small models under published names, with random weights given as theirs."""
     import open_clip
