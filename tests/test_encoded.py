@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import normalize, one_hot
 
-from upclose import compare, datasets, encode, evaluate, metrics, params, paths
+from upclose import compare, datasets, encode, evaluate, metrics, params, paths, report, run
 from upclose.features import Dataset, Ladder, Plan, Text, Views
 from upclose.methods import REGISTRY, clip, lazsl, lgca, probe, tip_adapter
 
@@ -312,3 +312,15 @@ def test_the_documented_writer_writes_what_is_read(tmp_path, monkeypatch):
     data = datasets.load("features:mine.safetensors")
     assert torch.equal(evaluate.read(None, data, None)[0].crop, held["crop"])
     assert data.class_names == NAMES
+
+
+@pytest.mark.slow
+def test_the_head_to_head_runs_on_a_file_of_features(tmp_path):
+    methods = ["CLIP", "CLIP-D", "TDA", "multi-crop", "best-crop", "WCA", "LaZSL", "D&D"]
+    values = {"dataset": write(tmp_path / "f.safetensors", tensors(crops=(2 * 7,))), "methods": methods}
+    values |= {"tuning_split": "", "budgets": [1, 4, 8], "budget": 8, "crop_seeds": [0, 1]}
+    jobs = params.jobs(paths.PARAMS / "birdlets" / "06_head_to_head.yaml", values)
+    (outcome,) = run.execute(run.prepare(jobs), tmp_path / "results")
+    assert (outcome.status, outcome.error) == ("done", "")
+    assert len(report.matrix(tmp_path / "results")) == len(methods) * (len(methods) - 1) / 2
+    assert not (outcome.folder / "figures" / "alone.png").exists()

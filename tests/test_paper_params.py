@@ -32,7 +32,8 @@ def test_cells_name_data_sets_protocols_and_backbones_that_exist(name):
         assert label != values["backbone"], "not a backbone of the papers"
         assert values.get("alpha", 0) <= values.get("beta", 1)
         assert values.get("top_k", 0) <= values.get("crops", 99)
-        assert sheet.reproduces == f"{params.about(sheet.notebook).paper} {values['table']}"
+        if paper := params.about(sheet.notebook).paper:
+            assert sheet.reproduces == f"{paper} {values['table']}"
     head = (paths.PARAMS / "papers" / f"{name}.yaml").read_text()
     assert head.startswith(f"# upclose run params/papers/{name}.yaml -p device=cuda\n")
     assert "Not run here." in head
@@ -67,6 +68,15 @@ def test_the_papers_exceptions():
     assert {v["samples"] for _, v in params.cells(SHEETS["lare-table2"])} == {3}
     lare = [v for name, sheet in SHEETS.items() if name.startswith("lare") for _, v in params.cells(sheet)]
     assert {v["batch_size"] for v in lare} == {512}
+
+
+def test_the_head_to_head_is_of_no_paper_and_asks_only_for_sentences_that_were_published():
+    assert {*SHEETS} - {*doctor.published()} == {"head-to-head"}
+    found = doctor.needs("06_head_to_head", [values for _, values in params.cells(SHEETS["head-to-head"])])
+    words = [need for need in found if need.kind == "prompts"]
+    assert len({need.name for need in found if need.kind == "data"}) == 9
+    assert len(words) > 15
+    assert not any(need.get.startswith("not published") for need in words)
 
 
 def test_every_published_value_is_accounted_for():

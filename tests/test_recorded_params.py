@@ -12,6 +12,7 @@ PHOTO_BOOKS = [
     "02_lazsl",
     "03_dnd",
     "05_lare",
+    "06_head_to_head",
     *(f"ablations/{n}" for n in ("dnd", "lare", "lazsl", "lgca")),
 ]
 
@@ -39,6 +40,7 @@ def test_claims_on_photos_rest_on_enough_pictures(notebook):
 def test_claims_in_other_worlds_rest_on_enough_pictures():
     for values in jobs("00_start_here"):
         assert values["images"] / 4 >= OTHERS  # a quarter in each
+    assert all(values["domain_images"] >= OTHERS for values in jobs("06_head_to_head"))
     for notebook in ("02_lazsl",):
         assert all(values["images"] / 2 >= OTHERS for values in jobs(notebook))  # half in each
 
