@@ -12,9 +12,10 @@ from upclose import crops, encode, explorer, transport
 from upclose.features import Ladder
 from upclose.methods import clip, dnd, lazsl, lgca, wca
 
+SWAN = f"blue <b>swan</b> {'y' * 300}"
 SAID = {
     "white tern": ["an orange beak", "a black cap"],
-    "blue <b>swan</b>": [
+    SWAN: [
         "a long neck",
         "an orange beak",
         "x" * 300,
@@ -62,7 +63,7 @@ def test_no_text_ends_a_script_and_the_page_is_whole(tmp_path, one):
     page = explorer.write(tmp_path, [one])
     script = (tmp_path / "data" / f"{one.id}.js").read_text()
     assert "<" not in script
-    assert json.loads(script[script.index(", ") + 2 : -3])["classes"][1]["name"] == "blue <b>swan</b>"
+    assert json.loads(script[script.index(", ") + 2 : -3])["classes"][1]["name"] == SWAN
     needed = re.findall(r'(?:src|href)="([^":]+)"', page.read_text())
     assert all((tmp_path / name).is_file() for name in needed)
     assert "http" not in page.read_text()
@@ -182,7 +183,7 @@ def test_a_hovered_description_lights_crops_and_markup_is_text(page):
     assert max(widths) == pytest.approx(4)
     assert min(widths) < 3
     shares = page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-    assert shares, "a long sentence makes the page scroll sideways"
+    assert shares, "a long name or sentence makes the page scroll sideways"
 
 
 @pytest.mark.browser

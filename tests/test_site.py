@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from upclose import costs, doctor, paths
+from upclose import costs, doctor, explorer, paths
 
 pytest.importorskip("sphinx", reason="the extra `site` is not installed")
 pytest.importorskip("myst_nb", reason="the extra `site` is not installed")
@@ -197,6 +197,12 @@ def test_every_notebook_links_each_term_of_the_glossary_where_it_is_first_used(s
         assert not {term: text for term, (to, text) in first.items() if to != label[term]}, name
         used |= {*first}
     assert used == {*label}
+
+
+def test_the_explorers_stops_lead_to_sections_of_the_book(site):
+    for *_, link in explorer.STOPS:
+        page, _, section = link.partition("#")
+        assert f'id="{section}"' in (site / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.browser

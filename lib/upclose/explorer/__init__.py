@@ -260,16 +260,16 @@ STOPS = (
         {},
         "Move over a description. LaZSL gives each the same mass, 1/M, and the crops that resemble it most take it. "
         "Crops that are less like the picture than its average crop have none: they are faint.",
-        "02_lazsl",
+        "02_lazsl.html#a-plan-drawn",
     ),
     (
         "Entropy",
         "only LaZSL",
         "LaZSL",
         {"epsilon": 100},
-        "Epsilon is 1 here and every crop has the same share of every description: transport has become the mean. Draw "
-        "epsilon down to 0.01 and watch single crops claim single attributes.",
-        "02_lazsl",
+        "Epsilon is 1 here and every crop that is kept has nearly the same share of every description: transport has "
+        "become their mean. Draw epsilon down to 0.01 and watch single crops claim single attributes.",
+        "02_lazsl.html#optimal-transport-on-three-crops-and-three-attributes",
     ),
     (
         "The whole picture's share",
@@ -278,7 +278,7 @@ STOPS = (
         {"theta": 0},
         "With theta at 0 only the whole picture counts, LaZSL is CLIP-D, and it is wrong. Raise theta: the crops, "
         "which hold the bird larger, change the answer.",
-        "02_lazsl",
+        "02_lazsl.html#lazsl-s-two-additions-and-one-library-call",
     ),
     (
         "Expansion misleads LGCA",
@@ -287,7 +287,7 @@ STOPS = (
         {"step": 100},
         "WCA names this bird and LGCA does not. Draw the step from first to last: fewer and fewer crops remain, each "
         "class keeps its own, and expanded they soon are the whole picture.",
-        "01_lgca",
+        "01_lgca.html#when-does-expansion-pay-crop-scale-against-step",
     ),
     (
         "Small crops",
@@ -296,10 +296,10 @@ STOPS = (
         {},
         "D&D takes nine crops of 10 to 75 % of the area. Every crop must give its mass away, also one that shows only "
         "landscape: move over such a crop to see to which description it goes.",
-        "03_dnd",
+        "03_dnd.html#zero-shot-d-d-beside-its-control",
     ),
 )
-"""The guided tour: title, kind of picture, method, positions of sliders, what is said, the notebook."""
+"""The guided tour: title, kind of picture, method, positions of sliders, what is said, the book's section."""
 
 
 def tour(found: Sequence[tuple[str, Case]]) -> list[dict]:
@@ -307,7 +307,7 @@ def tour(found: Sequence[tuple[str, Case]]) -> list[dict]:
     first = dict(reversed([(kind, each.id) for kind, each in found]))
     keys = ("title", "id", "method", "at", "said", "link")
     return [
-        dict(zip(keys, (title, first[kind], method, at, said, f"../{notebook}.html")))
-        for title, kind, method, at, said, notebook in STOPS
+        dict(zip(keys, (title, first[kind], method, at, said, f"../{section}")))
+        for title, kind, method, at, said, section in STOPS
         if kind in first
     ]
