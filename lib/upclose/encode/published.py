@@ -56,7 +56,8 @@ def pins() -> dict[tuple[str, str], Pin]:
     """The weights of the papers' tables, by name and tag.
 
     Source:
-        Revisions, sizes and checksums are those that public programs pin; at least two agree on each.
+        Revisions and checksums are those that two public programs or more pin, some sizes those of one. Nothing of it
+        was compared with the hub, where the licences are to be read again.
     """
     with shipped.checked(paths.PUBLISHED / "weights.csv").open(newline="") as file:
         _, *rows = csv.reader(file)
