@@ -216,6 +216,9 @@ def test_signs_are_counted_over_backbones():
     ]
     frame = pd.DataFrame(lines, columns=["backbone", "method", "rival", "difference"])
     assert claims.same_sign(frame).tolist() == ["2 of 3"] * 3 + ["1 of 2"] * 2
+    turned = frame.assign(method=frame.rival, rival=frame.method, difference=-frame.difference)
+    mixed = pd.concat([frame[frame.backbone == "x"], turned[frame.backbone != "x"]]).sort_index()
+    assert claims.same_sign(mixed).equals(claims.same_sign(frame))  # a run writes its best method first
 
 
 def test_concordance_is_friedmans_statistic():

@@ -321,8 +321,12 @@ def same_sign(matrix: pd.DataFrame) -> pd.Series:
     Returns:
         A text a line, "2 of 3"; a difference of zero has no sign
     """
-    alike = [matrix[column] for column in matrix.loc[:, :"rival"] if column != "backbone"]
-    above, below = ((matrix.difference * sign > 0).groupby(alike).transform("sum") for sign in (1, -1))
+    turned = matrix.method > matrix.rival  # one run has "A, B", another "B, A"
+    pair = matrix.method.where(~turned, matrix.rival), matrix.rival.where(~turned, matrix.method)
+    alike = [matrix[column] for column in matrix.loc[:, :"rival"] if column not in ("backbone", "method", "rival")]
+    alike += pair
+    difference = matrix.difference.where(~turned, -matrix.difference)
+    above, below = ((difference * sign > 0).groupby(alike).transform("sum") for sign in (1, -1))
     total = matrix.difference.groupby(alike).transform("size")
     return np.maximum(above, below).astype(str) + " of " + total.astype(str)
 

@@ -185,7 +185,9 @@ def matrix(root: Path) -> pd.DataFrame:
     """
     tables = _collect(root, "pairs.csv", _tested)
     frame = pd.concat(tables, ignore_index=True) if tables else claims.pairs({}, **dict.fromkeys(_FACTS, ""))
-    found = frame.drop_duplicates([*_FACTS, "method", "rival"], keep="last", ignore_index=True)
+    pair = frame[["method", "rival"]]
+    one = frame[[*_FACTS]].assign(first=pair.min(axis=1), second=pair.max(axis=1))  # "A, B" and "B, A" are one test
+    found = frame[~one.duplicated(keep="last")].reset_index(drop=True)
     return found.assign(**{"same sign": claims.same_sign(found)}) if len(found) else found
 
 
