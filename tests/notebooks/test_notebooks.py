@@ -17,6 +17,13 @@ def name(path):
     return path.relative_to(paths.NOTEBOOKS).as_posix()
 
 
+def words(text):
+    """How many words a text has outside code, formulas, tables and links' targets."""
+    text = re.sub(r"```.*?```|\$\$.*?\$\$", " ", text, flags=re.DOTALL)
+    text = re.sub(r"`[^`\n]*`|\$[^$\n]*\$|^\|.*$|(?<=\])\([^)]*\)", " ", text, flags=re.MULTILINE)
+    return len(re.findall(r"\w+(?:[-'.,]\w+)*", text))
+
+
 def code(book):
     return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
 
@@ -73,3 +80,14 @@ def test_the_order_of_a_notebook(path):
 def test_no_path_of_a_machine_and_no_working_directory(path):
     source = "\n".join(cell.source for cell in nbformat.read(path, 4).cells)
     assert not re.search(r"os\.getcwd|%cd|/home/|/root/|\.cuda\(", source)
+
+
+def test_words_are_counted_outside_code_formulas_tables_and_targets():
+    assert words("We don't say +0.4, `a b` or $x + y$.\n\n$$\na = b\n$$\n\n| a | b |\n\n[the sweep](a/b.md) ends") == 8
+    assert words("1,000 pictures-in-a-row") == 2
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=name)
+def test_a_text_that_is_long_is_broken_by_a_figure_or_a_question(path):
+    texts = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
+    assert {cell.id: n for cell in texts if (n := words(cell.source)) > 120} == {}
