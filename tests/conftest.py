@@ -67,6 +67,7 @@ def lab(tmp_path, monkeypatch):
     import open_clip
     from safetensors.torch import save_file
 
+    from upclose import identity
     from upclose.encode import published
 
     for name in ("CACHE", "DATA", "RESULTS"):
@@ -90,4 +91,6 @@ def lab(tmp_path, monkeypatch):
         save_file({key: value.clone() for key, value in state.items()}, tmp_path / "random.safetensors")
         published.keep(name, pretrained, tmp_path / "random.safetensors")
 
-    return shrink
+    identity._weights.cache_clear()
+    yield shrink
+    identity._weights.cache_clear()

@@ -212,7 +212,8 @@ def _shards(place: str, split: str, root: str | os.PathLike) -> tuple[list[str],
     if "{" in place or place.endswith(".tar"):
         urls = _library().shardlists.expand_urls(place)
         folder = urls[0].rpartition("/")[0] or "."
-        return urls, [folder, folder.rpartition("/")[0] or "."], ""
+        above = folder.rpartition("/")[0] or "."
+        return urls, [folder] if above.endswith("/") else [folder, above], ""  # nothing is above http://host
     if hub := _HUB.fullmatch(place.rstrip("/")):
         place = f"{hub[1]}/resolve/{hub[2]}"
         collection = hub[1].rpartition("/")[2]
