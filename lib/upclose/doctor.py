@@ -17,6 +17,7 @@ import torch
 
 from upclose import compare, costs, datasets, encode, params, paths, prompts
 from upclose.datasets import archives, registry
+from upclose.fetch import existing
 
 KINDS = ("weights", "data", "prompts", "notebook")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
@@ -214,11 +215,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "missing"
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return folder if folder.exists() else existing(folder.parent)
 
 
 def main(tables: bool = False, as_json: bool = False) -> int:

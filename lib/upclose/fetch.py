@@ -46,6 +46,11 @@ def total(sizes: Iterable[int]) -> str:
     return " and ".join([*parts, *([f"{each.count(0)} of unknown size"] if 0 in each else [])]) or "nothing"
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
 def room(folder: Path, wanted: int, what: str) -> None:
     """That there is room on a folder's disk.
 
@@ -57,7 +62,7 @@ def room(folder: Path, wanted: int, what: str) -> None:
     Raises:
         OSError: there is less
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = existing(folder)
     if wanted > (free := shutil.disk_usage(there).free):
         said = f"{what} needs {wanted:,} bytes and {there} has {free:,} free: make room or set UPCLOSE_DATA"
         raise OSError(errno.ENOSPC, said)

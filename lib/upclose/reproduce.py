@@ -21,7 +21,7 @@ import torch
 
 from upclose import compare, costs, devices, doctor, params, paths, report, run
 from upclose.doctor import Need
-from upclose.fetch import amount, total
+from upclose.fetch import amount, existing, total
 from upclose.params import ParameterError
 
 SECONDS = 10  # that measuring the rates may take
@@ -133,7 +133,7 @@ def plan(cells: Sequence[Cell], wanted: Iterable[Need]) -> Iterator[str]:
 def _priced(cells: Sequence[Cell], wanted: Iterable[Need], device: str, places: int) -> Iterator[str]:
     """The price in lines, by rates that are measured here."""
     banks = sum(bank.bytes for bank in costs.readers(cell.work for cell in cells))
-    free = {os.stat(p).st_dev: p for p in map(doctor.existing, (paths.data(), paths.cache(), *_bank_folder()))}
+    free = {os.stat(p).st_dev: p for p in map(existing, (paths.data(), paths.cache(), *_bank_folder()))}
     said = "; ".join(f"{amount(shutil.disk_usage(p).free)} are free at {p}" for p in free.values())
     yield f"disk     {amount(banks)} of banks, {_sum(wanted)} to fetch; {said}"
     if device.startswith("cuda") and not torch.cuda.is_available():
