@@ -202,6 +202,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _weights(options: argparse.Namespace) -> int:
+    from upclose import shipped
     from upclose.encode import published, sources
 
     if options.action == "ls":
@@ -212,7 +213,7 @@ def _weights(options: argparse.Namespace) -> int:
         raise ValueError("--from gives one file: name one of the weights")
     for name, tag in wanted:
         file, found = sources.get(name, tag, options.file)
-        digest = published.sha256(file)
+        digest = shipped.sha256(file)
         known = digest in published.official(name, tag)
         kind = "the published file" if known else "taken at your word" if options.file else "not pinned"
         print(f"{name}:{tag}  {file}\n  sha256 {digest} ({kind})\n  fingerprint {found}")

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from upclose import datasets, encode, programs, prompts
+from upclose import datasets, encode, programs, prompts, shipped
 from upclose.datasets import registry
 from upclose.params import Job, notebook_cells
 
@@ -135,7 +135,7 @@ def _data(dataset: str, split: str, protocol: str | None) -> str:
 @cache
 def _sentences(file: str) -> str:
     prompts.read(file)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return shipped.sha256(Path(file))
 
 
 @cache

@@ -26,7 +26,7 @@ def checked(file: Path) -> Path:
         return file
     rows = (line.split("  ", 1) for line in LIST.read_text().splitlines())
     listed = {name: digest for digest, name in rows}
-    if _digest(file) != listed.get(file.relative_to(PACKAGE).as_posix()):
+    if sha256(file) != listed.get(file.relative_to(PACKAGE).as_posix()):
         raise ValueError(
             f"{file} is not what was shipped (see {LIST.name}): restore it, or, if it was changed on purpose, write "
             "the list anew with `python -m upclose.shipped`"
@@ -37,13 +37,15 @@ def checked(file: Path) -> Path:
 def write() -> None:
     """Write the list anew."""
     found = [file for part in ("weights", "published", "birdlets/prompts") for file in (PACKAGE / part).iterdir()]
-    rows = {file.relative_to(PACKAGE).as_posix(): _digest(file) for file in found if file.suffix in KINDS}
+    rows = {file.relative_to(PACKAGE).as_posix(): sha256(file) for file in found if file.suffix in KINDS}
     LIST.write_text("".join(f"{rows[name]}  {name}\n" for name in sorted(rows)))
     checked.cache_clear()
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def sha256(file: Path) -> str:
+    """The checksum of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A file that somebody gave (`keep`) goes before the hub's cache. Both are called 
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
 import re
 import shutil
@@ -116,7 +115,7 @@ def keep(name: str, tag: str, file: Path) -> Path:
     partial = folder / f"partial-{uuid.uuid4().hex}"
     try:
         shutil.copyfile(file, partial)
-        place = folder / f"{sha256(partial)}{file.suffix}"
+        place = folder / f"{shipped.sha256(partial)}{file.suffix}"
         os.replace(partial, place)
     finally:
         partial.unlink(missing_ok=True)
@@ -167,9 +166,3 @@ def official(name: str, tag: str) -> set[str]:
 
 def _folder(name: str, tag: str) -> Path:
     return paths.cache() / "weights" / name / tag
-
-
-def sha256(file: Path) -> str:
-    """The checksum of a file."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -26,7 +26,7 @@ from open_clip.model import build_model_from_openai_state_dict, convert_to_custo
 from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor, nn
 
-from upclose import paths
+from upclose import paths, shipped
 from upclose.encode import fingerprint, layouts, published, tiny
 
 _HUB_SECONDS = 5  # that the hub may take to answer
@@ -332,7 +332,7 @@ def _check_bytes(file: Path, wanted: str = "") -> None:
     """A file has the checksum that is known of it, or by which it is called, as in the hub's cache."""
     stored = file.resolve()
     wanted = wanted or (stored.name if re.fullmatch("[0-9a-f]{64}", stored.name) else "")
-    if wanted and published.sha256(stored) != wanted:
+    if wanted and shipped.sha256(stored) != wanted:
         raise ValueError(f"{stored} is not what was downloaded: its sha256 is not {wanted}; remove it")
 
 
