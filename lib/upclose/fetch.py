@@ -64,7 +64,7 @@ def room(folder: Path, wanted: int, what: str) -> None:
     """
     there = existing(folder)
     if wanted > (free := shutil.disk_usage(there).free):
-        said = f"{what} needs {wanted:,} bytes and {there} has {free:,} free: make room or set UPCLOSE_DATA"
+        said = f"{what} needs {wanted:,} bytes and {there} has {free:,} free: make room, or set UPCLOSE_DATA or UPCLOSE_CACHE"
         raise OSError(errno.ENOSPC, said)
 
 

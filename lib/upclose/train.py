@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from upclose import birdlets, card, checkpoint, paths, seeds
+from upclose import birdlets, card, checkpoint, fetch, paths, seeds
 from upclose.encode import tiny
 from upclose.encode.tiny import CLIP
 
@@ -96,7 +96,8 @@ def draw_pool(folder: Path, pictures: int, seed: int, whole: bool) -> Pool:
     What an interrupted drawing had finished is not drawn again.
 
     Raises:
-        ValueError: a file is cut short (it is removed), or the disk has no room for them
+        ValueError: a file is cut short (it is removed)
+        OSError: the disk has no room for them
     """
     with FileLock(folder.with_suffix(".lock"), mode=paths.mode()):
         if not folder.is_dir():
@@ -106,7 +107,7 @@ def draw_pool(folder: Path, pictures: int, seed: int, whole: bool) -> Pool:
 
 def _draw(folder: Path, pictures: int, seed: int, whole: bool) -> None:
     partial = folder.with_name(folder.name + ".partial")
-    if partial.is_dir() and (partial / "minutes.json").is_file():
+    if (partial / "minutes.json").is_file():
         _opened(partial)
     else:
         _reserve(partial, pictures * len(birdlets.training_views(seed, 0, whole)[0]))
@@ -128,11 +129,9 @@ def _draw(folder: Path, pictures: int, seed: int, whole: bool) -> None:
 def _reserve(folder: Path, views: int) -> None:
     """Empty files for so many views."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     shapes = (views, 3, birdlets.TRAIN_SIZE, birdlets.TRAIN_SIZE), (views, 2, tiny.CONTEXT)
-    needed, free = math.prod(shapes[0]) + 2 * math.prod(shapes[1]), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"the views need {needed / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB left")
+    fetch.room(folder, math.prod(shapes[0]) + 2 * math.prod(shapes[1]), "the drawing of the views")
+    folder.mkdir(parents=True)
     _pool_file(folder, "pixels", "w+", shapes[0], np.uint8)
     _pool_file(folder, "tokens", "w+", shapes[1], np.uint16)
     (folder / "minutes.json").write_text("0")
@@ -408,7 +407,8 @@ def train(name: str, recipe: str, seed: int, folder: Path, device: str = "cpu") 
         device: "cpu" or "cuda"
 
     Raises:
-        ValueError: views or checkpoint are damaged, the disk is full, or another process trains the same
+        ValueError: views or checkpoint are damaged, or another process trains the same
+        OSError: the disk has no room
     """
     torch.set_num_threads(1)
     if device == "cuda":
