@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from typing import ClassVar
 
@@ -375,6 +376,25 @@ def test_what_is_damaged_is_said_and_the_next_call_goes_on(quick, capsys):
     assert kept.with_suffix(".aside").read_bytes() == state[: len(state) // 2]
     assert run(quick) == 0
     assert (quick / "out" / "birdlets-tiny-whole.safetensors").read_bytes() == weights
+
+
+def test_a_damaged_checkpoint_of_the_shorter_recipe_costs_its_column_and_not_the_card(quick, capsys):
+    assert run(quick, "--recipe", "quarter") == 0
+    (kept,) = (quick / "cache" / "train").glob("*quarter*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert run(quick) == 0
+    page = (quick / "out" / "birdlets-tiny-whole.md").read_text()
+    assert "| views seen | long: by name | with descriptions |\n" in page
+
+
+def test_a_killed_drawer_is_said_and_the_next_call_goes_on(quick, capsys, monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool("a process was terminated abruptly")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Here, "map", killed)
+        assert "terminated abruptly" in refused(quick, capsys)
+    assert run(quick) == 0
 
 
 @pytest.mark.parametrize("other", [SMALL._replace(steps=6), None])

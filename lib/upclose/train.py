@@ -382,11 +382,12 @@ def _alone(name: str, file: Path) -> Iterator[None]:
 
 
 def curve_of(file: Path, steps: int) -> list[dict]:
-    """The curve that a checkpoint carries, [] where there is none or the training did not come to its end."""
-    if not file.is_file():
+    """The curve that a checkpoint carries, [] where there is none, it is damaged, or it is not of the training's end."""
+    try:
+        with safe_open(file, "pt") as kept:
+            curve = json.loads(kept.metadata()["curve"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return []
-    with safe_open(file, "pt") as kept:
-        curve = json.loads(kept.metadata()["curve"])
     return curve if curve[-1]["step"] == steps else []
 
 
@@ -490,7 +491,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last: a process that draws was killed, a full GPU
         parser.error(paths.sentence(error))
     for domain, (by_name, described, n) in results.items():
         print(f"{domain}: {by_name:.1%} by name, {described:.1%} with descriptions ({n} pictures)")
