@@ -171,19 +171,14 @@ def test_a_full_disk_leaves_the_old_tables_and_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.partial-*"))
 
 
-def test_the_front_is_drawn_from_the_newest_run_that_measured_milliseconds(tmp_path):
-    facts = {"paper": "", "table": "", "dataset": "birdlets", "backbone": "birdlets-tiny", "std": "", "n": 400}
-    rows = [
-        {"run": run, "method": method, "metric": metric, "value": value, "setting": f"{b} encodings"}
-        for run in ("old", "new")
-        for method, b, right, spent in (("CLIP", 1, 25.0, 1.0), ("WCA", 8, 36.0, 9.0))
-        for metric, value in (("top1", right), ("milliseconds", spent))
-    ]
-    frame = pd.DataFrame(rows).assign(**facts)
-    assert report.pareto(frame[frame.metric == "top1"], tmp_path / "none.png") == []
-    (file,) = report.pareto(frame, tmp_path / "pareto.png")
-    (alone,) = report.pareto(frame[frame.run == "new"], tmp_path / "alone.png")
-    assert file.read_bytes() == alone.read_bytes()
-    (slower,) = report.pareto(frame.replace({"value": {9.0: 90.0}}), tmp_path / "slower.png")
-    assert slower.read_bytes() != file.read_bytes()
-    assert Image.open(file).width > 1000
+def test_the_front_is_the_newest_complete_runs_own_figure(tmp_path):
+    assert report.pareto(tmp_path) == []
+    for date, content in (("2026-01-01", b"old"), ("2026-01-02", b"new"), ("2026-01-03", None)):
+        run = tmp_path / date / "06_head_to_head"
+        (run / "figures").mkdir(parents=True)
+        (run / "run.json").write_text(json.dumps(FACTS))
+        if content:
+            (run / "figures" / "pareto.png").write_bytes(content)
+    (file,) = report.pareto(tmp_path)
+    assert file == tmp_path / "pareto.png"
+    assert file.read_bytes() == b"new"

@@ -90,8 +90,7 @@ def _compare(options: argparse.Namespace) -> int:
     root = options.results or paths.results()
     measured = report.collect(root)
     out = options.out or root / "compare"
-    drawn = report.pareto(measured, root / "pareto.png")
-    for file in [*report.tables(measured, out), *report.matrices(report.matrix(root), out), *drawn]:
+    for file in [*report.tables(measured, out), *report.matrices(report.matrix(root), out), *report.pareto(root)]:
         print(file)
     tables = pd.concat([compare.versus(measured, paper) for paper in compare.papers()])
     print(tables.groupby(["paper", "table", compare.kinds(tables.status)]).size().unstack(fill_value=0).to_string())

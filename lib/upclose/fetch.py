@@ -64,8 +64,8 @@ def room(folder: Path, wanted: int, what: str) -> None:
     """
     there = existing(folder)
     if wanted > (free := shutil.disk_usage(there).free):
-        said = f"{what} needs {wanted:,} bytes and {there} has {free:,} free: make room, or set UPCLOSE_DATA or UPCLOSE_CACHE"
-        raise OSError(errno.ENOSPC, said)
+        said = f"{what} needs {wanted:,} bytes and {there} has {free:,} free"
+        raise OSError(errno.ENOSPC, f"{said}: make room, or set UPCLOSE_DATA or UPCLOSE_CACHE")
 
 
 def check(file: Path, size: int = 0, digest: str = "") -> None:

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import pandas as pd
@@ -16,6 +17,7 @@ from PIL import Image
 
 from upclose import claims, compare, images, paths
 
+T = TypeVar("T")
 _ROW = ("variant", "method", "dataset", "backbone", "setting", "metric")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222 }
@@ -206,19 +208,19 @@ def _tested(file: Path) -> pd.DataFrame:
     return claims.matrix(frame)
 
 
-def _collect(root: Path, name: str, read: Callable[[Path], pd.DataFrame]) -> list[pd.DataFrame]:
+def _collect(root: Path, name: str, read: Callable[[Path], T]) -> list[T]:
     """A file of every complete run that has it, the oldest first; one that is damaged is left out with a warning."""
     runs = sorted(root.glob("*/[!.]*/run.json"), key=lambda file: (file.parts[-3], file.stat().st_mtime))
-    tables = []
+    found = []
     for run in (file.parent for file in runs):
         try:
             if why := paths.damage(run):
                 raise ValueError(why)
             if (file := run / name).exists():
-                tables.append(read(file))
+                found.append(read(file))
         except (OSError, ValueError) as error:  # one damaged run hides no other
             warnings.warn(f"{run} is left out: {error}", stacklevel=3)
-    return tables
+    return found
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -286,38 +288,16 @@ def matrices(tested: pd.DataFrame, folder: Path) -> list[Path]:
     return written
 
 
-def pareto(measured: pd.DataFrame, file: Path) -> list[Path]:
-    """Draw accuracy against encodings and milliseconds, of the newest run that measured both.
-
-    Args:
-        measured: rows of `metrics.csv`
-        file: of the picture
+def pareto(root: Path) -> list[Path]:
+    """Copy accuracy against cost, as the newest complete run that drew it below a results folder did, to `pareto.png`.
 
     Returns:
-        The file; none where no run measured milliseconds
+        The file; none where no run drew it
     """
-    timed = measured[measured.metric == "milliseconds"]
-    if timed.empty:
+    if not (drawn := _collect(root, "figures/pareto.png", Path.read_bytes)):
         return []
-    import matplotlib.pyplot as plt  # here, since nothing else in this module draws
-
-    from upclose import plots
-
-    row = ["run", "method", "dataset", "backbone", "setting"]
-    right = measured[measured.metric == "top1"].merge(timed[timed.run == timed.run.iloc[-1]][[*row, "value"]], on=row)
-    half = 1.96 * (right.value_x * (100 - right.value_x) / right.n) ** 0.5
-    frame = pd.DataFrame({"method": right.method, "value": right.value_x, "milliseconds": right.value_y})
-    frame["encodings"] = right.setting.str.split().str[0].astype(int)
-    frame = frame.assign(low=frame.value - half, high=frame.value + half)
-    plots.style()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
-    for ax, cost in zip(axes, ("encodings", "milliseconds")):
-        plots.pareto(ax, frame, cost)
-    axes[0].set(ylabel="top-1 accuracy (%)", title=f"{right.dataset[0]}, {right.n[0]:,.0f} pictures")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
-    figure.savefig(file, metadata={"Software": None})
-    plt.close(figure)
-    return [file]
+    paths.write(root / "pareto.png", drawn[-1])
+    return [root / "pareto.png"]
 
 
 def shown(frame: pd.DataFrame) -> pd.DataFrame:

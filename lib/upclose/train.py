@@ -382,7 +382,7 @@ def _alone(name: str, file: Path) -> Iterator[None]:
 
 
 def curve_of(file: Path, steps: int) -> list[dict]:
-    """The curve that a checkpoint carries, [] where there is none, it is damaged, or it is not of the training's end."""
+    """The curve that a checkpoint carries, [] where there is none, or it is damaged or not of the training's end."""
     try:
         with safe_open(file, "pt") as kept:
             curve = json.loads(kept.metadata()["curve"])
