@@ -294,9 +294,11 @@ def test_no_room_is_said_before_anything_is_asked(published, monkeypatch):
 
 def test_two_processes_do_not_write_the_same(published):
     published("dtd")
-    paths.data().mkdir()
+    waiting = paths.data() / archives.DOWNLOADS / "dtd"
+    waiting.mkdir(parents=True)  # by the other process, which is about to write there
     with FileLock(paths.data() / ".get.lock"), pytest.raises(OSError, match="another process gets data sets into"):
         datasets.download("dtd")
+    assert waiting.is_dir()
 
 
 @pytest.mark.parametrize(

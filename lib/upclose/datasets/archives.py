@@ -158,13 +158,14 @@ def _alone(root: Path, waiting: Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / ".get.lock", timeout=0, mode=paths.mode()):
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # it is not there, or a part waits in it
+                    waiting.rmdir()
+                    waiting.parent.rmdir()
     except Timeout:
         raise OSError(f"another process gets data sets into {root}: wait for it") from None
-    finally:
-        with suppress(OSError):  # it is not there, or a part waits in it
-            waiting.rmdir()
-            waiting.parent.rmdir()
 
 
 def _lying(archive: Archive, source: Path) -> Path | None:

@@ -195,7 +195,7 @@ def open_tars(place: str, split: str, root: str | os.PathLike, protocol: str | N
     name, templates = collection or "webdataset", ()
     if entry := _registered(collection, split, protocol):
         name, names = entry.dataset, _in_order(entry, names, place)
-        if (expected := getattr(entry, _part(collection, split))) != len(shard):
+        if (expected := getattr(entry, _known(collection, split).part)) != len(shard):
             warnings.warn(
                 f"{place} {split}: {len(shard):,} pictures, not {expected:,}", CollectionWarning, stacklevel=3
             )
@@ -302,10 +302,6 @@ def collections() -> dict[tuple[str, str], Collection]:
 
 def _known(collection: str, split: str) -> Collection | None:
     return collections().get((collection.removesuffix(f"_{split}"), split))
-
-
-def _part(collection: str, split: str) -> str:
-    return _known(collection, split).part
 
 
 def _registered(collection: str, split: str, protocol: str | None) -> registry.Entry | None:
