@@ -335,6 +335,10 @@ def test_what_lacks_something_is_named_before_any_work_and_left_out(measured, ca
     assert "page: " in said.out
 
 
+def ctrl_d(_):
+    raise EOFError
+
+
 def test_nothing_is_fetched_unasked(measured, capsys, monkeypatch):
     measured("dtd")
     trees.make(paths.data(), "oxford-pets")
@@ -344,9 +348,10 @@ def test_nothing_is_fetched_unasked(measured, capsys, monkeypatch):
     assert cli.main(call) == 2
     assert "nobody can be asked whether to fetch 2 things (74.3 KiB): add --yes" in capsys.readouterr().err
     monkeypatch.setattr(reproduce.sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("builtins.input", lambda _: "")
-    assert cli.main(call) == 2
-    assert "nothing was fetched" in capsys.readouterr().err
+    for answer in (lambda _: "", ctrl_d):
+        monkeypatch.setattr("builtins.input", answer)
+        assert cli.main(call) == 2
+        assert "nothing was fetched" in capsys.readouterr().err
     assert not fetched
     monkeypatch.setattr("builtins.input", lambda _: "Y")
     assert cli.main(call) == 2  # they are still missing

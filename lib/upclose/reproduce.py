@@ -181,7 +181,10 @@ def fetch(wanted: Iterable[Need], yes: bool) -> None:
 def _agreed(what: str, yes: bool) -> bool:
     if not yes and not sys.stdin.isatty():
         raise ParameterError(f"nobody can be asked whether to {what}: add --yes")
-    return yes or input(f"{what}? [y/N] ").strip().casefold() in ("y", "yes")
+    try:
+        return yes or input(f"{what}? [y/N] ").strip().casefold() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False
 
 
 def lacking(cells: Iterable[Cell], items: Iterable[run.Item]) -> dict[str, str]:
