@@ -220,29 +220,10 @@ def differences(
     ax.set_ylim(len(gaps) - 0.4, -0.6)
 
 
-def ledger(ax: Axes, claims: Sequence[Claim | None]) -> None:
-    """The differences of claims with their intervals, one a line from above, in the colour of the verdict.
-
-    Args:
-        ax: to draw on
-        claims: tested; None leaves a line free. The black stroke is the margin, the band beside it what counts as equal
-    """
-    for y, claim in enumerate(claims):
-        if claim is None:
-            continue
-        low, high = (claim.margin + sign * claim.equal_within for sign in (-1, 1))
-        ax.fill_between([low, high], y - 0.3, y + 0.3, color="black", alpha=0.08, lw=0)
-        ax.plot([claim.margin] * 2, [y - 0.3, y + 0.3], color="black", lw=1)
-        spread = [[claim.difference - claim.low], [claim.high - claim.difference]]
-        ax.errorbar(claim.difference, y, xerr=spread, fmt="s", color=_VERDICTS[claim.verdict], ms=4, capsize=3)
-    ax.axvline(0, color="black", lw=0.6)
-    names = [f"{claim.name} {claim.verdict}" if claim else "" for claim in claims]
-    ax.set(yticks=range(len(claims)), yticklabels=names, xlabel="difference (points, 95 % interval)")
-    ax.set_ylim(len(claims) - 0.5, -0.5)
-
-
 def ledger_figure(claims: Sequence[Claim]) -> Figure:
     """All claims of a notebook in words, under what they have in common, with their verdicts at the right.
+
+    The black stroke is a claim's margin, the band beside it what counts as equal.
 
     Args:
         claims: tested
@@ -255,13 +236,25 @@ def ledger_figure(claims: Sequence[Claim]) -> Figure:
         else:
             lines += [(said, None), *((case, claim) for case, claim in zip(cases, members))]
     figure, ax = plt.subplots(figsize=(10, 0.24 * len(lines) + 0.7))
-    ledger(ax, [claim for _, claim in lines])
-    ax.set_yticks(range(len(lines)), [said for said, _ in lines], fontsize=9, parse_math=False)
+    ax.axvline(0, color="black", lw=0.6)
     ax.grid(visible=False, axis="y")
+    ax.set_yticks(range(len(lines)), [said for said, _ in lines], fontsize=9, parse_math=False)
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.set_xlabel("difference (points, 95 % interval)")
     for y, ((_, claim), label) in enumerate(zip(lines, ax.get_yticklabels())):
         if claim is None:
             label.set_fontweight("bold")
         else:
-            look = {"fontsize": 9, "va": "center", "color": _VERDICTS[claim.verdict]}
-            ax.text(1.01, y, claim.verdict, transform=ax.get_yaxis_transform(), **look)
+            _draw(ax, y, claim)
     return figure
+
+
+def _draw(ax: Axes, y: int, claim: Claim) -> None:
+    """A claim's difference on line y, and its verdict at the right."""
+    shade = _VERDICTS[claim.verdict]
+    low, high = (claim.margin + sign * claim.equal_within for sign in (-1, 1))
+    ax.fill_between([low, high], y - 0.3, y + 0.3, color="black", alpha=0.08, lw=0)
+    ax.plot([claim.margin] * 2, [y - 0.3, y + 0.3], color="black", lw=1)
+    spread = [[claim.difference - claim.low], [claim.high - claim.difference]]
+    ax.errorbar(claim.difference, y, xerr=spread, fmt="s", color=shade, ms=4, capsize=3)
+    ax.text(1.01, y, claim.verdict, transform=ax.get_yaxis_transform(), fontsize=9, va="center", color=shade)
