@@ -38,7 +38,7 @@ test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	$(NBVAL) $(NUMBERED)
 
 test-all: test  ## the same, the slow tests, and nbval over solutions and ablations

@@ -17,7 +17,6 @@ from upclose import bank, datasets
 from upclose.bank import BankError
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "upclose[cluster]"')
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster at a time
 N = 64
 
 

@@ -52,7 +52,7 @@ def test_crops_are_pils(interpreted, height, width, size):
     check(crops.extract(image, box, size, torch.uint8), pil_crops(image, box, size))
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 4000), (4000, 1)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1500), (1500, 1)])
 def test_slivers(interpreted, height, width):
     interpreted.setattr(kernels, "ROWS", 1024 if height > width else 8)
     image = picture(height, width)

@@ -251,7 +251,6 @@ def elsewhere(item, partial):
     return EXECUTE(item, partial)
 
 
-@pytest.mark.xdist_group("ray")  # one cluster at a time
 def test_a_cluster_runs_a_table_names_what_it_lost_and_the_next_call_does_that(measured, cluster, capsys, monkeypatch):
     measured("dtd")
     call = ["reproduce", "lgca-table1", "--only", "dtd", "--device", "cpu"]

@@ -14,7 +14,6 @@ from upclose import costs, doctor, explorer, paths
 pytest.importorskip("sphinx", reason="the extra `site` is not installed")
 pytest.importorskip("myst_nb", reason="the extra `site` is not installed")
 bs4 = pytest.importorskip("bs4", reason="the extra `site` is not installed")
-pytestmark = pytest.mark.xdist_group("site")  # which is built once
 PAGES = ("index", "00_start_here", "02_lazsl", "guide", "pages/what_holds", "generated/lgca", "reference/upclose.crops")
 PAGES += ("pages/reproduce_a_table",)
 
