@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upclose import birdlets, card, train
@@ -397,13 +400,16 @@ def test_a_killed_drawer_is_said_and_the_next_call_goes_on(quick, capsys, monkey
     assert run(quick) == 0
 
 
-@pytest.mark.parametrize("other", [SMALL._replace(steps=6), None])
+@pytest.mark.parametrize("other", [{"steps": 6}, {"seed": 1}, {"device": "cuda"}])
 def test_a_checkpoint_of_another_training_is_set_aside(pool, tmp_path, other):
     file = tmp_path / "state.safetensors"
     train.fit(fresh(), pool, SMALL, 0, file)
+    with safe_open(file, "pt") as kept:
+        training = json.loads(kept.metadata()["training"])
+    save_file(load_file(file), file, {"curve": "[]", "training": json.dumps(training | other)})
     state = file.read_bytes()
     with pytest.raises(ValueError, match="is of another training"):
-        train.fit(fresh(), pool, other or SMALL, 0 if other else 1, file)
+        train.fit(fresh(), pool, SMALL, 0, file)
     assert file.with_suffix(".aside").read_bytes() == state
     assert not file.exists()
 
