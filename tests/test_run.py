@@ -334,7 +334,7 @@ def start(lab, tmp_path, file, *options):
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     deadline = time.time() + seconds
     while not condition() and time.time() < deadline:
         time.sleep(0.2)
@@ -349,7 +349,7 @@ def test_a_killed_call_leaves_no_process_and_the_next_one_completes(lab, tmp_pat
         f"if not pathlib.Path(r'{pids}').exists():\n"
         f"    pathlib.Path(r'{pids}').write_text(f'{{os.getpid()}} {{os.getppid()}}')\n    time.sleep(600)\n"
     )
-    file = lab(body + BODY)
+    file = lab(body)
     first = start(lab, tmp_path, file)
     wait_for(lambda: pids.exists() and pids.read_text())
     os.kill(first.pid, number)
@@ -363,8 +363,8 @@ def test_a_killed_call_leaves_no_process_and_the_next_one_completes(lab, tmp_pat
 
 def test_the_same_run_started_twice_is_run_once_and_whole(lab, tmp_path):
     file = lab("import time\ntime.sleep(3)\n" + BODY)
-    calls = [start(lab, tmp_path, file) for _ in range(3)]
-    assert [call.wait(180) for call in calls] == [0, 0, 0]
+    calls = [start(lab, tmp_path, file) for _ in range(2)]
+    assert [call.wait(180) for call in calls] == [0, 0]
     (folder,) = (found.parent for found in lab.root.glob("*/*/run.json"))
     assert not paths.damage(folder)
     assert {"metrics.csv", "notebook.ipynb", "params.yaml"} <= set(
@@ -390,7 +390,7 @@ def test_a_damaged_run_is_named_and_run_again_on_request(lab, capsys):
 
 def test_a_forced_run_that_fails_keeps_the_earlier_one(lab, tmp_path):
     body = f"import pathlib\nif pathlib.Path(r'{tmp_path / 'bad'}').exists():\n    raise RuntimeError('no')\n"
-    file = lab(body + BODY)
+    file = lab(body)
     (first,) = run.execute(run.prepare(params.jobs(file)))
     (tmp_path / "bad").write_text("")
     (second,) = run.execute(run.prepare(params.jobs(file), force=True))
@@ -446,10 +446,10 @@ def test_a_long_name_of_the_temporary_folder_ends_no_run(tmp_path, monkeypatch):
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: Apart)
+    monkeypatch.setattr(run.multiprocessing, "get_context", {"spawn": Apart}.__getitem__)
     monkeypatch.setattr(run, "_cells", lambda _: 2)
 
-    def child(item, partial, threads, gpu, send):
+    def child(item, partial, threads, environment, send):
         for said in (run.TICK, run.TICK, run.Outcome(item.job, "done", partial)):
             send.send(said)
 
@@ -474,7 +474,8 @@ def test_each_gpu_has_one_notebook_at_a_time_and_none_is_idle(tmp_path, monkeypa
     busy, most, both = [], [], threading.Barrier(2, timeout=20)
     first = iter([both.wait, both.wait])  # the first waits until another one is busy too
 
-    def child(item, partial, threads, gpu, send):
+    def child(item, partial, threads, environment, send):
+        gpu = environment["CUDA_VISIBLE_DEVICES"]
         busy.append(gpu)
         most.append(sorted(busy))
         next(first, lambda: None)()
@@ -496,7 +497,7 @@ def test_a_notebook_sees_its_own_gpu_only(monkeypatch):
     monkeypatch.setattr(run, "_end_with_parent", lambda: None)
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     said = []
-    run._child(None, None, 1, "7", SimpleNamespace(send=said.append))
+    run._child(None, None, 1, {**os.environ, "CUDA_VISIBLE_DEVICES": "7"}, SimpleNamespace(send=said.append))
     assert said == ["7"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert devices.gpus() == ["0", "1"]

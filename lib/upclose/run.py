@@ -47,6 +47,7 @@ from upclose.params import Job, ParameterError, notebook_cells
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pot", "numpy", "pandas", "papermill", "upclose")
 LEAST_FREE = 64 * 2**20  # bytes
 KERNEL_START = 600  # seconds that a kernel may take to answer on a busy machine
+LONGEST_TEMPORARY = 60  # characters of the temporary folder's path: a socket in it may have 107
 TICK = "a cell is done"
 GRACE = 10  # seconds that an interrupted run may take to end by itself
 
@@ -267,7 +268,9 @@ def _locally(todo: list[Item], day: Path, places: Sequence[str]) -> Iterator[tup
 
     A place is the GPU that its process sees, "" for all that there are.
     """
-    context = multiprocessing.get_context("spawn")
+    multiprocessing.set_forkserver_preload(["upclose.run", "papermill"])  # once, not in each process: seconds
+    long = len(tempfile.gettempdir()) > LONGEST_TEMPORARY
+    context = multiprocessing.get_context("spawn" if long else "forkserver")
     threads = max(1, (os.cpu_count() or 1) // len(places))
     running: list[multiprocessing.process.BaseProcess] = []
 
@@ -281,7 +284,8 @@ def _locally(todo: list[Item], day: Path, places: Sequence[str]) -> Iterator[tup
     def begun(item: Item, place: str) -> Outcome:
         receive, send = context.Pipe(duplex=False)
         partial = _partial(item, day)
-        process = context.Process(target=_child, args=(item, partial, threads, place, send))
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": place} if place else {})}
+        process = context.Process(target=_child, args=(item, partial, threads, environment, send))
         process.start()
         running.append(process)
         send.close()
@@ -323,10 +327,10 @@ def _locally(todo: list[Item], day: Path, places: Sequence[str]) -> Iterator[tup
                 time.sleep(0.1)
 
 
-def _child(item: Item, partial: Path, threads: int, gpu: str, send: Connection) -> None:
+def _child(item: Item, partial: Path, threads: int, environment: dict[str, str], send: Connection) -> None:
     """Run one notebook whose kernel has so many threads, unless the caller has set them; `run.json` states them."""
-    if gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # the kernel's "cuda" is this one; nothing of CUDA has started here
+    os.environ.clear()  # it is that of the first run of the caller's process
+    os.environ.update(environment)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _end())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
