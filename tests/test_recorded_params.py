@@ -2,11 +2,16 @@
 
 import pytest
 
-from upclose import params, paths
+from upclose import params, paths, run
 from upclose.encode import tiny
 
 RECORDED = sorted((paths.PARAMS / "recorded").glob("*.yaml"))
 PHOTOS, OTHERS = 2000, 1000  # pictures, for claims about accuracy on photos and in other domains
+FEW = {
+    "images": 24, "domain_images": 12, "tuning_images": 12, "sweep_images": 12, "validation_images": 24,
+    "exact_images": 12, "clip_images": 8, "tpt_images": 4, "adapt_images": 16, "adapt_epochs": 1, "epochs": 1,
+    "probe_steps": 50, "repeats": 1, "samples": 16,
+}  # fmt: skip
 PHOTO_BOOKS = [
     "01_lgca",
     "02_lazsl",
@@ -66,3 +71,13 @@ def test_all_are_run_with_every_encoder_that_has_seen_crops():
     names = [[values.get("backbone") for values in jobs(params.read(file).notebook)] for file in RECORDED]
     every = [name for name in tiny.NAMES if name != "birdlets-tiny-whole"]
     assert all(swept in (every, [None]) for swept in names)  # 06 takes its encoders as a list
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", [params.read(file).notebook for file in RECORDED])
+def test_every_sheet_runs_to_its_end_with_few_pictures(notebook, lab):
+    """Lists keep their lengths: 06 once ran for an hour before five seeds met three crop sets."""
+    (sheet,) = [file for file in RECORDED if params.read(file).notebook == notebook]
+    few = {name: FEW[name] for name in jobs(notebook)[0].keys() & FEW.keys()}
+    outcomes = run.execute(run.prepare(params.jobs(sheet, few | {"backbone": "birdlets-tiny"})))
+    assert [(outcome.status, outcome.error) for outcome in outcomes] == [("done", "")]
