@@ -1,8 +1,8 @@
 """Species of Birdlets: what a bird is made of, how it is named, and which birds belong to which split.
 
 A species is a family silhouette, a body colour and ten small traits. Held-out species come in groups of siblings that
-share the family, the body colour and about half of the small traits; a sibling's name adds one trait that is its own in
-the group: "orange-billed white tern". Training never repeats a species: each picture shows a new one.
+share the family, the body colour and about two fifths of the small traits; a sibling's name adds one trait that is its
+own in the group: "orange-billed white tern". Training never repeats a species: each picture shows a new one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from upclose import seeds
+from upclose import programs, seeds
 from upclose.birdlets import captions, pictures, species
 from upclose.birdlets.pictures import DEFAULT, DOMAINS, Knobs, Picture
 
@@ -24,8 +24,8 @@ _TRAIN_DOMAINS = (0.92, 0.02, 0.04, 0.02)  # photo, painting, sketch, clipart
 @cache
 def _code() -> str:
     """A hash of the programs that draw: another program, another data set."""
-    files = [Path(module.__file__).read_bytes() for module in (pictures, species, seeds)]
-    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
+    files = [programs.digest(Path(module.__file__)) for module in (pictures, species, seeds)]
+    return hashlib.sha256("".join(files).encode()).hexdigest()[:16]
 
 
 def _check(knobs: Knobs) -> None:
