@@ -30,10 +30,11 @@ def test_a_bank_holds_the_picture_and_its_crops_once_a_crop_set(rows, each):
 
 
 def test_a_budget_is_spent_once_a_crop_set_that_methods_share():
-    values = {"budgets": [1, 4, 16], "crop_seeds": [0, 1]}
+    values = {"budgets": [1, 4, 16], "budget": 16, "crop_seeds": [0, 1], "large_seeds": [0]}
     assert views(methods=["CLIP", "CuPL"], **values) == (3669, 0)
     assert views(methods=["CLIP", "WCA", "LaZSL", "multi-crop"], **values) == (3669 * 2 * 16, 0)
     assert views(methods=["WCA", "D&D", "LGCA"], **values) == (3669 * 2 * (16 + 16 + 15), 0)  # 7 crops at two sizes
+    assert views(methods=["WCA", "LaZSL"], **values | {"budget": 4}) == (3669 * (2 * 4 + 16), 0)
 
 
 def test_trainings_draw_anew_in_every_epoch_and_keep_nothing():

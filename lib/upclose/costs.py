@@ -139,15 +139,17 @@ def _plans(values: dict[str, Any]) -> list[tuple[str, int | None, int]]:
 
 
 def _affordable(values: dict[str, Any]) -> list[tuple[str, int | None, int]]:
-    """`_plans`, where each method draws what the largest budget pays for; methods of one crop set share it."""
-    most, views = max(values["budgets"]), {}
+    """`_plans`, where methods draw what a budget pays for: the compared one, and the largest where that is larger."""
+    budgets = {values["budget"]: values["crop_seeds"]}
+    if (most := max(values["budgets"])) > values["budget"]:
+        budgets[most] = values["large_seeds"]
+    views: dict[tuple[str, int], int] = {}
     for method in methods_of(values):
         if {"crops", "ladder"} & set(method.needs):
-            said = f"{method.crop_set} crops, {most} encodings"
-            views[said] = max(views.get(said, 1), method.encodings(method.afford(most)))
-    return [(said, seed, n) for said, n in views.items() for seed in values["crop_seeds"]] or [
-        ("whole pictures", None, 1)
-    ]
+            for budget, seeds in budgets.items():
+                for drawn in [(f"{method.crop_set} crops, {budget} encodings", seed) for seed in seeds]:
+                    views[drawn] = max(views.get(drawn, 1), method.encodings(method.afford(budget)))
+    return [(*drawn, n) for drawn, n in views.items()] or [("whole pictures", None, 1)]
 
 
 def readers(works: Iterable[Work]) -> dict[Bank, list[int]]:

@@ -97,6 +97,7 @@ LIMITS: dict[str, Any] = {
     "seed": Seed,
     "seeds": Seeds,
     "crop_seeds": Seeds,
+    "large_seeds": Seeds,
 }
 # (a, b, why): no value of a may be above any of b.
 ORDERED = (
