@@ -215,7 +215,7 @@ def _seal(item: Item, partial: Path, seconds: float, peak: int) -> Path:
         "notebook": os.path.relpath(job.notebook, paths.NOTEBOOKS),
         "hash": item.hash,
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")),
         "python": platform.python_version(),
         "packages": {package: metadata.version(package) for package in PACKAGES},
         "processor": platform.machine(),
