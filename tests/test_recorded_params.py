@@ -22,10 +22,12 @@ PHOTO_BOOKS = [
 ]
 
 
+SHEETS = {params.read(file).notebook: file for file in RECORDED}
+
+
 def jobs(notebook: str) -> list[dict]:
     """The values of every cell of a notebook's recorded sheet."""
-    (sheet,) = [file for file in RECORDED if params.read(file).notebook == notebook]
-    return [job.values for job in params.jobs(sheet)]
+    return [job.values for job in params.jobs(SHEETS[notebook])]
 
 
 def test_every_notebook_has_a_sheet_that_resolves():
@@ -50,7 +52,7 @@ def test_claims_in_other_worlds_rest_on_enough_pictures():
         assert all(values["images"] / 2 >= OTHERS for values in jobs(notebook))  # half in each
 
 
-@pytest.mark.parametrize("notebook", [params.read(file).notebook for file in RECORDED])
+@pytest.mark.parametrize("notebook", SHEETS)
 def test_crop_sets_and_seeds_are_enough(notebook):
     least = 5 if "shots" in jobs(notebook)[0] or "lare" in notebook else 3
     for values in jobs(notebook):
@@ -74,10 +76,9 @@ def test_all_are_run_with_every_encoder_that_has_seen_crops():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", [params.read(file).notebook for file in RECORDED])
+@pytest.mark.parametrize("notebook", SHEETS)
 def test_every_sheet_runs_to_its_end_with_few_pictures(notebook, lab):
     """Lists keep their lengths: 06 once ran for an hour before five seeds met three crop sets."""
-    (sheet,) = [file for file in RECORDED if params.read(file).notebook == notebook]
     few = {name: FEW[name] for name in jobs(notebook)[0].keys() & FEW.keys()}
-    outcomes = run.execute(run.prepare(params.jobs(sheet, few | {"backbone": "birdlets-tiny"})))
+    outcomes = run.execute(run.prepare(params.jobs(SHEETS[notebook], few | {"backbone": "birdlets-tiny"})))
     assert [(outcome.status, outcome.error) for outcome in outcomes] == [("done", "")]
