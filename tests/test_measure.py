@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -8,6 +10,14 @@ def test_seconds_are_the_median_of_calls_after_one_that_is_not_timed():
     calls = []
     assert measure.seconds(lambda: calls.append(0), repeats=3) >= 0
     assert len(calls) == 4
+
+
+def test_a_cpus_clock_does_not_count_what_others_do_and_a_gpus_does():
+    def rest():
+        time.sleep(0.2)
+
+    assert measure.seconds(rest, repeats=1, clock=measure.clock(torch.device("cpu"))) < 0.1
+    assert measure.seconds(rest, repeats=1, clock=measure.clock(torch.device("cuda"))) >= 0.2
 
 
 def test_peak_memory_is_what_is_held_at_once():

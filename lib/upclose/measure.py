@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """On a CPU the processor's time, which other work on the machine does not lengthen; on a GPU the wall's."""
+    return process_time if device.type == "cpu" else perf_counter
 
 
 def seconds(function: Callable[[], object], repeats: int = 5, clock: Callable[[], float] = perf_counter) -> float:
@@ -15,8 +20,7 @@ def seconds(function: Callable[[], object], repeats: int = 5, clock: Callable[[]
     Args:
         function: what is timed
         repeats: calls that count
-        clock: of the wall, or `time.thread_time`: the processor's time of this thread, which other work on the machine
-            does not lengthen
+        clock: of the wall, unless `clock` has one for the device
 
     Example:
         >>> seconds(lambda: sum(range(1000)), repeats=3) < 1
