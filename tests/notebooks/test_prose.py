@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 
 from upclose import paths
 
@@ -93,6 +94,13 @@ def recorded(book: str) -> list[Path]:
     return sorted((run for run in runs if run.parent.name == newest), key=lambda run: len(run.name))
 
 
+def ledger(run: Path) -> pd.DataFrame:
+    """The claims of a run; those that name its encoder, "C1 birdlets-tiny-2", are called by birdlets-tiny's name."""
+    claims = pd.read_csv(run / "claims.csv")
+    own = yaml.safe_load((run / "params.yaml").read_text())["backbone"]
+    return claims.assign(claim=claims.claim.str.replace(rf" {re.escape(own)}$", " birdlets-tiny", regex=True))
+
+
 def claims_of(cell: str) -> list[dict[str, tuple[str, str]]]:
     """{claim: (verdict, difference)} of the notebooks of a row, an encoder each: as recorded, or as they show them."""
     tables = []
@@ -100,7 +108,7 @@ def claims_of(cell: str) -> list[dict[str, tuple[str, str]]]:
         if "default size" in cell:
             tables.append([t for t in shown(paths.NOTEBOOKS / f"{book}.ipynb") if "verdict" in t])
         else:
-            tables.append([pd.read_csv(run / "claims.csv") for run in recorded(book)])
+            tables.append([ledger(run) for run in recorded(book)])
     return [
         {line.claim: (line.verdict, line.difference.split(" ")[0]) for t in of for line in t.itertuples()}
         for of in zip(*tables)
