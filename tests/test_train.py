@@ -408,10 +408,12 @@ def test_a_checkpoint_of_another_training_is_set_aside(pool, tmp_path, other):
         training = json.loads(kept.metadata()["training"])
     save_file(load_file(file), file, {"curve": "[]", "training": json.dumps(training | other)})
     state = file.read_bytes()
-    with pytest.raises(ValueError, match="is of another training"):
-        train.fit(fresh(), pool, SMALL, 0, file)
-    assert file.with_suffix(".aside").read_bytes() == state
-    assert not file.exists()
+    for place in (".aside", ".aside1"):  # and the one before stays
+        file.write_bytes(state)
+        with pytest.raises(ValueError, match="is of another training"):
+            train.fit(fresh(), pool, SMALL, 0, file)
+        assert file.with_suffix(place).read_bytes() == state
+        assert not file.exists()
 
 
 def test_a_model_is_trained_once_at_a_time(quick, capsys):

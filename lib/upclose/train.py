@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -365,7 +366,8 @@ def _restore(file: Path, training: str, model: CLIP, descent: Sequence[torch.opt
         checkpoint.unpack(state, model.state_dict(keep_vars=True), descent)
         return json.loads(facts["curve"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        aside = file.with_suffix(".aside")
+        asides = (file.with_suffix(f".aside{number or ''}") for number in itertools.count())
+        aside = next(free for free in asides if not free.exists())  # what was kept before stays
         file.replace(aside)
         raise ValueError(
             f"the checkpoint {file.name} cannot be used ({error}): it is now {aside}, the same command starts anew"
