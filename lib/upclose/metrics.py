@@ -129,6 +129,19 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"))
 
 
+def percent(hits: Tensor) -> Spread:
+    """Accuracy in percent, its mean and standard deviation over crop sets or seeds.
+
+    Args:
+        hits: (S, n) bool, of `correct`, a row a crop set or seed
+
+    Example:
+        >>> percent(torch.tensor([[True, False], [True, True]])).mean
+        75.0
+    """
+    return spread([100 * hit.double().mean().item() for hit in hits])
+
+
 def row(
     method: str,
     hits: Tensor,
