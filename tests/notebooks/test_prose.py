@@ -88,17 +88,20 @@ def test_a_number_that_was_not_measured_is_found():
 
 
 def recorded(book: str) -> list[Path]:
-    """The runs of a notebook on the newest date that has one, birdlets-tiny's before those of longer names."""
+    """The runs of a notebook on the newest date that has one, birdlets-tiny's first."""
     runs = [*(paths.ROOT / "results").glob(f"*/{Path(book).name}-*/")]
     newest = max(run.parent.name for run in runs)
-    return sorted((run for run in runs if run.parent.name == newest), key=lambda run: len(run.name))
+    return sorted((run for run in runs if run.parent.name == newest), key=encoder_of)
+
+
+def encoder_of(run: Path) -> str:
+    return yaml.safe_load((run / "params.yaml").read_text())["backbone"]
 
 
 def ledger(run: Path) -> pd.DataFrame:
     """The claims of a run; those that name its encoder, "C1 birdlets-tiny-2", are called by birdlets-tiny's name."""
     claims = pd.read_csv(run / "claims.csv")
-    own = yaml.safe_load((run / "params.yaml").read_text())["backbone"]
-    return claims.assign(claim=claims.claim.str.replace(rf" {re.escape(own)}$", " birdlets-tiny", regex=True))
+    return claims.assign(claim=claims.claim.str.replace(rf" {encoder_of(run)}$", " birdlets-tiny", regex=True))
 
 
 def claims_of(cell: str) -> list[dict[str, tuple[str, str]]]:
