@@ -142,8 +142,10 @@ def test_every_difference_of_the_page_is_that_of_its_claim(row):
     assert re.findall(r"on (\d) of (\d) encoders", said) == ([(str(alike), str(1 + len(others)))] if others else [])
 
 
-def test_the_page_and_readme_say_no_other_decimal():
+def test_the_page_readme_and_guide_say_no_other_decimal():
     rest = "\n".join(line for line in PAGE.read_text().splitlines() if not line.startswith("|"))
     assert lacking(rest, [x for run in recorded("00_start_here") for x in measured(run)]) == []
     readme = (paths.ROOT / "README.md").read_text().split("## What holds")[1].split("\n## ")[0]
     assert lacking(readme, numbers(PAGE.read_text())) == []
+    guide = (paths.NOTEBOOKS / "guide.md").read_text()
+    assert lacking("\n".join(re.findall("<details>.*?</details>", guide, re.S)), numbers(PAGE.read_text())) == []
