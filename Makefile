@@ -31,7 +31,7 @@ reproduce: $(VENV)/.ready  ## run the numbered notebooks on Birdlets into result
 ablations: $(VENV)/.ready  ## run the ablation and complexity notebooks
 	$(BIN)/upclose run --workers 2 $(OTHERS:notebooks/%.ipynb=params/birdlets/%.yaml)
 
-record: $(VENV)/.ready  ## run every notebook at the size that its sentences should rest on: hours (DEVICE=cuda: on a GPU)
+record: $(VENV)/.ready  ## run every notebook at the size that the claims rest on: 5 hours of a core an encoder, FAIR's ablation a night (DEVICE=cuda: on a GPU)
 	$(BIN)/upclose run --workers $(WORKERS) $(addprefix -p device=,$(DEVICE)) $(wildcard params/recorded/*.yaml)
 
 test: $(VENV)/.ready  ## the tests, and nbval over the numbered notebooks
