@@ -72,6 +72,8 @@ def test_a_run_writes_everything_and_is_not_run_again(lab):
 
     (again,) = run.execute(run.prepare(jobs))
     assert (again.status, again.folder) == ("complete", folder)
+    sweep = lab(text="notebook: small\ngrid: {images: [3, 4]}\n")  # which has another name
+    assert [item.complete for item in run.prepare(params.jobs(sweep))] == [folder, None]
     (other,) = run.prepare(params.jobs(lab(), {"images": 4}))
     assert other.complete is None
     assert run.prepare(params.jobs(lab(BODY + "1\n"), {"images": 3}))[0].complete is None  # other code
@@ -548,7 +550,7 @@ def test_a_clock_that_goes_back_spoils_no_times(tmp_path, monkeypatch):
     assert outcome.seconds >= 0
     done = written(item, tmp_path / "2999-01-01")
     run._seal(item, done, 1.0, 1)
-    assert run._complete(tmp_path, item.run).parent.name == "2999-01-01"  # a day to come is as good as any
+    assert run._complete(tmp_path, item.hash).parent.name == "2999-01-01"  # a day to come is as good as any
 
 
 def test_links_are_replaced_and_what_they_lead_to_stays(tmp_path):
@@ -568,7 +570,7 @@ def test_links_are_replaced_and_what_they_lead_to_stays(tmp_path):
         assert not paths.damage(final)
     assert [file.name for file in elsewhere.iterdir()] == ["run.json"]
     assert sorted(file.name for file in final.parent.iterdir()) == [item.run]
-    assert run._complete(root, item.run) == final
+    assert run._complete(root, item.hash) == final
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system")

@@ -96,7 +96,7 @@ def prepare(jobs: Iterable[Job], root: Path | None = None, force: bool = False, 
         hashes, missing = identity.ingredients(job, here)
         facts = json.dumps([job.values, hashes], sort_keys=True, default=str)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
-        found = None if force else _complete(root, f"{job.name}-{digest}")
+        found = None if force else _complete(root, digest)
         if found and (why := paths.damage(found)):
             missing, found = [f"the complete run {found} is damaged ({why}): --force runs it again"], None
         item = Item(job, digest, hashes, found, "; ".join(missing), force)
@@ -104,9 +104,9 @@ def prepare(jobs: Iterable[Job], root: Path | None = None, force: bool = False, 
     return list(items.values())
 
 
-def _complete(root: Path, run: str) -> Path | None:
-    """The last complete folder of a run, at any date."""
-    found = sorted(file for file in root.glob(f"*/{run}/run.json") if file.is_file())
+def _complete(root: Path, digest: str) -> Path | None:
+    """The last complete folder of a run, at any date and by any name: a sweep names its runs by what it sweeps."""
+    found = sorted(file for file in root.glob(f"*/*-{digest}/run.json") if file.is_file())
     return found[-1].parent if found else None
 
 
@@ -145,7 +145,7 @@ def _execute(item: Item, partial: Path, tick: Callable[[], object] = lambda: Non
         lock = root / ".locks" / f"{item.run}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, mode=paths.mode()):
-            if not item.forced and (found := _complete(root, item.run)) and not paths.damage(found):
+            if not item.forced and (found := _complete(root, item.hash)) and not paths.damage(found):
                 return Outcome(item.job, "complete", found)
             for left in root.glob(f"*/.partial-{item.run}.*"):  # of processes that have ended: the lock is ours
                 shutil.rmtree(left, ignore_errors=True)
