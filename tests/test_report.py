@@ -37,12 +37,13 @@ def rows(page, which):
 
 def test_the_first_table_has_a_row_a_run(day):
     (day / ".partial-02_lazsl-abc").mkdir()
+    (day / "01_lgca-0123456789" / "params.yaml").write_text("backbone: RN50\n")
     page = report.write(day).read_text()
     link = '<a href="#01_lgca-0123456789">01_lgca-0123456789</a>'
     assert rows(page, 0) == [
-        ["run", "notebook", "status", "seconds", "holds", "fails", "equal", "undecided"],
-        [link, "01_lgca", "complete", "12", "1", "2", "0", "0"],
-        ['<a href="#02_lazsl-abc">02_lazsl-abc</a>', "", "not complete", "", "", "", "", ""],
+        ["run", "notebook", "encoder", "status", "seconds", "holds", "fails", "equal", "undecided"],
+        [link, "01_lgca", "RN50", "complete", "12", "1", "2", "0", "0"],
+        ['<a href="#02_lazsl-abc">02_lazsl-abc</a>', "", "", "not complete", "", "", "", "", ""],
     ]
 
 
@@ -103,7 +104,7 @@ def test_a_damaged_run_hides_no_other(day):
     (day / "d-folder" / "run.json").mkdir(parents=True)
     page = report.write(day).read_text()
     table = rows(page, 0)
-    assert [row[2].split(":")[0] for row in table[1:]] == ["complete", *["damaged"] * 4]
+    assert [row[3].split(":")[0] for row in table[1:]] == ["complete", *["damaged"] * 4]
     assert "C1" in page
     report.refresh(day.parent)
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 import pandas as pd
+import yaml
 from PIL import Image
 
 from upclose import claims, compare, images, paths
@@ -109,6 +110,13 @@ def _runs(day: Path) -> list[Path]:
     return sorted(file.parent for file in day.glob("[!.]*/run.json"))
 
 
+def _encoder(run: Path) -> str:
+    """Its backbone, if its parameters name one."""
+    file = run / "params.yaml"
+    values = yaml.safe_load(file.read_text()) if file.exists() else None
+    return (values or {}).get("backbone", "")
+
+
 def _stamp(day: Path) -> str:
     """What a page of these runs carries, so that an older one is known."""
     facts = [file.read_bytes() for run in _runs(day) if (file := run / "run.json").is_file()]
@@ -118,15 +126,20 @@ def _stamp(day: Path) -> str:
 def write(day: Path) -> Path:
     """Write the page of a day's folder, which has at least one complete run, and return its path."""
     rows, bodies = [], []
-    blank = dict.fromkeys(["run", "notebook", "status", "seconds", *claims.VERDICTS], "")
+    blank = dict.fromkeys(["run", "notebook", "encoder", "status", "seconds", *claims.VERDICTS], "")
     for run in _runs(day):
         try:
             if why := paths.damage(run):
                 raise ValueError(why)
             facts = json.loads((run / "run.json").read_text())
             body = _run(run, facts)
-            notebook, seconds = facts["notebook"].removesuffix(".ipynb"), f"{facts['seconds']:.0f}"
-            known = {"notebook": notebook, "status": "complete", "seconds": seconds, **verdicts(run)}
+            known = {
+                "notebook": facts["notebook"].removesuffix(".ipynb"),
+                "encoder": _encoder(run),
+                "status": "complete",
+                "seconds": f"{facts['seconds']:.0f}",
+                **verdicts(run),
+            }
         except Exception as error:  # one damaged run hides no other
             known, body = (
                 {"status": f"damaged: {error}"},
