@@ -20,7 +20,7 @@ def seconds(function: Callable[[], object], repeats: int = 5, clock: Callable[[]
     Args:
         function: what is timed
         repeats: calls that count
-        clock: of the wall, unless `clock` has one for the device
+        clock: the wall's, or what `measure.clock` gives for a device
 
     Example:
         >>> seconds(lambda: sum(range(1000)), repeats=3) < 1

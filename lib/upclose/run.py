@@ -142,12 +142,12 @@ def _execute(item: Item, partial: Path, tick: Callable[[], object] = lambda: Non
     """
     start, root = time.monotonic(), partial.parent.parent
     try:
-        lock = root / ".locks" / f"{item.run}.lock"
+        lock = root / ".locks" / f"{item.hash}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, mode=paths.mode()):
             if not item.forced and (found := _complete(root, item.hash)) and not paths.damage(found):
                 return Outcome(item.job, "complete", found)
-            for left in root.glob(f"*/.partial-{item.run}.*"):  # of processes that have ended: the lock is ours
+            for left in root.glob(f"*/.partial-*-{item.hash}.*"):  # of processes that have ended: the lock is ours
                 shutil.rmtree(left, ignore_errors=True)
             folder = _seal(item, partial, *_run_notebook(item, partial, tick))
     except Exception as error:
